@@ -1,0 +1,193 @@
+"""Grows notebooks/tiny-base, the base model that `uv run R1ZeroTrain.py` trains: `uv run notebooks/grow_tiny_base.py`.
+
+It stands in for the base model of the paper, and is made the way that one was: next-token prediction on text that
+people wrote before anyone thought of rewards. The people here are imaginary, and play Countdown badly. Each tries
+random sums, says "no" until one hits, and says "yes" then. Most of them lose patience after a try or two and hand in
+their last attempt as it is; few keep at it. So the model learns arithmetic (its sums are right), the tags, and that
+one may try again, but not that trying again pays: that is left for reinforcement learning to find out.
+
+    Numbers: 8 7 4 Target: 36
+    <think>
+    7 + 8 = 15, 15 - 4 = 11 no
+    8 - 7 = 1, 1 + 4 = 5 no
+    </think>
+    <answer>(8 - 7) + 4</answer>
+
+No held-out problem appears in the corpus. About 20 minutes on 2 cores; the same seed gives the same model.
+"""
+
+import argparse
+import random
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from prompts import countdown_problem  # noqa: E402
+
+LARGEST = 99  # whole numbers are tokens, and an attempt that leaves 0..99 is not made
+PATIENCE = [0.5, 0.5, 0.3, 0.02]  # four kinds of people: each one's chance of giving up after an attempt that missed
+MOST_ATTEMPTS = 24  # so that a document fits into a row
+ROW = 320  # tokens in a training row
+ROWS = 48  # rows in a step
+STEPS = 1000
+
+# The prompt is what a tiny model can read: `Numbers: 8 7 4 Target: 36`, cut out of TinyZero's sentence. What else is
+# asked stays as it is, and the model's own template leaves the system message out.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'user' and 'Using the numbers [' in message.content -%}
+{{- 'Numbers: ' + message.content.split('[')[1].split(']')[0].replace(',', '') }}
+{{- ' Target: ' + message.content.split('equals ')[1].split('.')[0] + '\\n' }}
+{%- elif message.role != 'system' -%}
+{{- message.content + '\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<think>\\n' }}
+{%- endif -%}
+"""
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each whole number and each piece of the corpus, bytes for all else: any text survives the trip."""
+    special = ["<|pad|>", "<|endoftext|>"]
+    pieces = ["Numbers: ", " Target: ", "<think>", "</think>", "<answer>", "</answer>"]
+    pieces += [" + ", " - ", " * ", " / ", " = ", ", ", " no\n", " yes\n", "\n", " ", "(", ")"]
+    numbers = [str(number) for number in range(LARGEST + 1)]
+    single_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {token: i for i, token in enumerate(special + pieces + numbers + single_bytes)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], byte_fallback=True, ignore_merges=True))
+    cut = r"</?think>|</?answer>|Numbers: | Target: | [-+*/=] |, | no\n| yes\n|[0-9]+|[\s\S]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(cut), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@cache
+def one_step(numbers: tuple[int, ...]) -> list[tuple[int, str, int, int, tuple[int, ...]]]:
+    """Every (a, operator, b, result, numbers left) that combines two of the numbers and stays within 0..LARGEST."""
+    found = []
+    for i, a in enumerate(numbers):
+        for j, b in enumerate(numbers):
+            left = tuple(number for k, number in enumerate(numbers) if k not in (i, j))
+            results = {"-": a - b, "/": a // b if b and a % b == 0 else -1}
+            if i < j:  # a + b is b + a: one of the two will do
+                results |= {"+": a + b, "*": a * b}
+            if i != j:
+                found += [(a, op, b, result, left) for op, result in results.items() if 0 <= result <= LARGEST]
+    return found
+
+
+@cache
+def attempts(numbers: tuple[int, ...]) -> list[tuple[tuple, tuple]]:
+    """Every way to combine three numbers to one, as two steps."""
+    return [(first, second) for first in one_step(numbers) for second in one_step((*first[4], first[3]))]
+
+
+def turned(rng: random.Random, a: int, operator: str, b: int) -> tuple[int, str, int]:
+    return (b, operator, a) if operator in "+*" and rng.random() < 0.5 else (a, operator, b)
+
+
+def document(rng: random.Random) -> str:
+    """One person's attempts at one training problem, no attempt made twice, and the last one as the answer."""
+    numbers, target = countdown_problem(rng, held_out=False, target_range=(1, LARGEST))
+    lines = [f"Numbers: {' '.join(map(str, numbers))} Target: {target}\n<think>\n"]
+    gives_up = rng.choice(PATIENCE)
+    possible = attempts(tuple(numbers))
+    for first, second in rng.sample(possible, min(MOST_ATTEMPTS, len(possible))):
+        a, op, b = turned(rng, *first[:3])
+        c, op2, d = turned(rng, *second[:3])
+        hit = second[3] == target
+        lines.append(f"{a} {op} {b} = {first[3]}, {c} {op2} {d} = {second[3]} {'yes' if hit else 'no'}\n")
+        if hit or rng.random() < gives_up:
+            break
+    inner = f"({a} {op} {b})"
+    answer = f"{inner} {op2} {d}" if c == first[3] else f"{c} {op2} {inner}"
+    return "".join(lines) + f"</think>\n<answer>{answer}</answer>"
+
+
+def training_row(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Whole documents, each ended by EOS, until the next does not fit into ROW tokens.
+
+    That one is left out. Were it kept for the next row, rows would begin with long documents more often than not, and
+    the model, which reads a question only at the beginning, would take patience for the rule.
+    """
+    row: list[int] = []
+    while True:
+        ids = [*tokenizer(document(rng))["input_ids"], tokenizer.eos_token_id]
+        if len(row) + len(ids) > ROW:
+            return row + [tokenizer.pad_token_id] * (ROW - len(row))
+        row += ids
+
+
+def grow(steps: int, seed: int, folder: Path) -> None:
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = make_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,  # half the KV cache to read for each sampled token
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # Muon for the matrices and AdamW for the rest learns this about three times faster than AdamW alone.
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)]
+    optimizers += [torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)]
+    rates = [0.02, 3e-3]
+    started = time.time()
+    for step in range(steps):
+        # Warm up over 20 steps, and cool down to 0 over the last 40%.
+        scale = min(1.0, (step + 1) / 20, (steps - step) / (0.4 * steps))
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * scale
+        ids = torch.tensor([training_row(rng, tokenizer) for _ in range(ROWS)])
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        loss = torch.zeros(())
+        for part, part_labels in zip(ids.split(8), labels.split(8), strict=True):  # 8 rows stay in the CPU's cache
+            with torch.autocast(
+                "cpu", torch.bfloat16
+            ):  # twice as fast where the CPU has bfloat16; weights stay float32
+                part_loss = model(input_ids=part, labels=part_labels, use_cache=False).loss * len(part) / ROWS
+            part_loss.backward()
+            loss += part_loss.detach()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 20 == 0 or step == steps - 1:
+            print(f"step {step:4d}  loss {loss:.4f}  {time.time() - started:.0f} s", flush=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=ROOT / "notebooks" / "tiny-base")
+    options = parser.parse_args()
+    grow(options.steps, options.seed, options.folder)

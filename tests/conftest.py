@@ -1,0 +1,131 @@
+"""What all tests share: no network, and model folders small enough to be trained in a second."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it comes before the imports below
+os.environ.pop("WANDB_MODE", None)
+
+import ipaddress
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+ATTEMPTS: list[str] = []  # what has tried to leave this machine
+
+
+def is_local(address: object) -> bool:
+    """Whether a socket address stays on this machine: a path (AF_UNIX), or a loopback host."""
+    host = address[0] if isinstance(address, tuple) else None
+    if host is None or host in ("", "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False  # a name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_way_out() -> Iterator[None]:
+    """Refuses every connection to, and every look-up of, another machine; `_no_network` reports it."""
+    patch = pytest.MonkeyPatch()
+
+    def guard(owner: object, name: str, address_of) -> None:
+        allowed = getattr(owner, name)
+
+        def guarded(*args, **kwargs):
+            address = address_of(*args, **kwargs)
+            if not is_local(address):
+                ATTEMPTS.append(f"socket.{name} {address}")
+                raise OSError(f"tests have no network: {name} {address}")
+            return allowed(*args, **kwargs)
+
+        patch.setattr(owner, name, guarded)
+
+    guard(socket.socket, "connect", lambda _, address: address)
+    guard(socket.socket, "connect_ex", lambda _, address: address)
+    guard(socket.socket, "sendto", lambda _, data, *rest: rest[-1])
+    # A name is looked up before anything connects to it, and where there is no network that is all that happens.
+    guard(socket, "getaddrinfo", lambda host, *_, **__: (host.decode() if isinstance(host, bytes) else host,))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _no_network(_no_way_out: None) -> Iterator[None]:
+    """Fails a test that tried to reach another machine, even where the code under test lived with the refusal."""
+    ATTEMPTS.clear()
+    yield
+    assert not ATTEMPTS, f"a test needs no network, but this one tried {ATTEMPTS}"
+
+
+# Cuts `8 7 4=36` out of TinyZero's sentence, and leaves any other question as it is: short prompts make quick tests.
+CHAT_TEMPLATE = (
+    "{% set asked = messages[-1].content %}"
+    "{% if '[' in asked %}{{ asked.split('[')[1].split(']')[0].replace(',', '') }}="
+    "{{ asked.split('equals ')[1].split('.')[0] }}{% else %}{{ asked }}{% endif %}\n<think>"
+)
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each of the 256 bytes, in the alphabet that Qwen2Tokenizer also uses; any text survives the trip."""
+    alphabet = ["<|endoftext|>", "<|pad|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_model(kind: type[PretrainedConfig], folder: Path) -> Path:
+    """A random model of 2 layers and width 32, saved with its tokenizer as any hub model is."""
+    torch.manual_seed(0)
+    tokenizer = byte_level_tokenizer()
+    config = kind(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        # Far from the usual 0.02, which would be close to ignoring the context: mistakes in a cache have to show.
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(LlamaConfig, tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(Qwen2Config, tmp_path_factory.mktemp("tiny-qwen2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(GPT2Config, tmp_path_factory.mktemp("tiny-gpt2"))
