@@ -45,6 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.utils.logging import disable_progress_bar
 
 from prompts import UsageError, load_questions, render_prompt
 from rewards import countdown_reward, format_reward, gsm8k_reward
@@ -54,9 +55,7 @@ Tick = Callable[[str], None]  # told what is being done, so that the progress ba
 REWARDS = {"countdown": countdown_reward, "gsm8k": gsm8k_reward}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config: every option, its default and its meaning, once
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Config: every option, its default and its meaning, once --------------------------------------------------------
 
 
 def option(default: object, meaning: str) -> object:
@@ -175,18 +174,14 @@ def read_config(run_dir: str) -> dict:
     return saved | {"run_dir": run_dir, "resume": run_dir}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Device, randomness, policy
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Device, randomness, policy -------------------------------------------------------------------------------------
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
-    """One process or many, on CUDA, else MPS, else CPU. Mixed precision is autocast's job, in `next_token_logits`."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
-    if not here[cfg.device]:
-        raise UsageError(f"--device {cfg.device}: this machine has none; try auto")
-    if here["cuda"] and cfg.device == "mps":
-        raise UsageError("--device mps: this machine has CUDA; try cuda")
+    """One process or many, on CUDA, else MPS, else CPU; lower precision is autocast's job, in `next_token_logits`."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if cfg.device not in ("auto", "cpu", best):
+        raise UsageError(f"--device {cfg.device}: this machine has {best}; try {best}")
     return Accelerator(cpu=cfg.device == "cpu", mixed_precision="no")
 
 
@@ -218,10 +213,11 @@ def load_policy(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32: at lr 1e-6 an update is smaller than half a bfloat16 step, and would be lost."""
     name = check_model(model)
     local = Path(name).is_dir()
+    disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
         policy = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, local_files_only=local
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=local
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -229,9 +225,7 @@ def load_policy(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return policy.eval(), tokenizer  # eval: dropout would make the ratio differ from 1 on the first update
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts: sample G completions of each question
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Rollouts: sample G completions of each question ----------------------------------------------------------------
 
 
 @dataclass
@@ -254,12 +248,13 @@ class RoomyLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if start == 0 or end > self.room[0].shape[-2] or self.room[0].shape[0] != key_states.shape[0]:
+        held = (self.keys, self.values) if start else (key_states[..., :0, :], value_states[..., :0, :])
+        # Rows that were copied to their group, or left, are new tensors and need a new room, like one outgrown.
+        if start == 0 or end > self.room[0].shape[-2] or held[0].data_ptr() != self.room[0].data_ptr():
             self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
-            held = (self.keys, self.values) if start else (key_states[..., :0, :], value_states[..., :0, :])
-            self.room = [h.new_empty(*h.shape[:2], end + max(64, end // 2), h.shape[3]) for h in held]
-            for room, h in zip(self.room, held, strict=True):
-                room[..., :start, :] = h
+            self.room = [kept.new_empty(*kept.shape[:2], end + max(64, end // 2), kept.shape[3]) for kept in held]
+            for room, kept in zip(self.room, held, strict=True):
+                room[..., :start, :] = kept
         for room, new in zip(self.room, (key_states, value_states), strict=True):
             room[..., start:end, :] = new
         self.keys, self.values = (room[..., :end, :] for room in self.room)
@@ -303,10 +298,10 @@ def next_token_logits(model, ids: Tensor, mask: Tensor | None, keep: int, dtype:
 
 @torch.no_grad()
 def sample(policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, cfg: Config, tick: Tick):
-    """Completions of [q, P] prompts, one for each row of `uniforms` [n, T]: ids, logp_sampled [n, T], lengths, truncated [n].
+    """One completion of the [q, P] prompts for each row of uniforms [n, T], n/q of each prompt.
 
-    Each prompt goes through the model once and its cache is copied to its group. The uniforms are drawn ahead, so
-    that a completion does not depend on which rows share its batch or have finished.
+    Returns ids, logp_sampled [n, T] and lengths, truncated [n]. Each prompt goes through the model once and its cache
+    is copied to its group. Row i, token t uses up uniforms[i, t], whatever other rows are still in the batch.
     """
     group_size = len(uniforms) // len(prompt_ids)
     ids = torch.zeros(uniforms.shape, dtype=torch.long, device=uniforms.device)  # [n, T]
@@ -316,10 +311,10 @@ def sample(policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eo
 
     cache = DynamicCache(config=policy.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    mask = None if prompt_mask.all() else prompt_mask  # without padding the attention kernels run faster
-    logits = next_token_logits(policy, prompt_ids, mask, 1, cfg.dtype, cache).repeat_interleave(group_size, 0)
+    padded = not prompt_mask.all()  # without a mask the attention kernels run faster
+    logits = next_token_logits(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache)
+    logits, mask = (x.repeat_interleave(group_size, 0) for x in (logits, prompt_mask))
     cache.batch_repeat_interleave(group_size)
-    mask = None if mask is None else mask.repeat_interleave(group_size, 0)
     rows = torch.arange(len(ids), device=ids.device)  # which completion each row of the shrinking batch is
     alive = torch.ones_like(rows, dtype=torch.bool)
     for t in range(cfg.max_new_tokens):
@@ -338,27 +333,25 @@ def sample(policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eo
         if alive.sum() <= 0.8 * len(alive):  # finished rows leave; not at each end, as it copies the cache
             keep = alive.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            rows, token, alive = rows[keep], token[keep], alive[keep]
-            mask = None if mask is None else mask[keep]
-        mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = next_token_logits(policy, token, mask, 1, cfg.dtype, cache)
+            rows, token, mask, alive = rows[keep], token[keep], mask[keep], alive[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = next_token_logits(policy, token, mask if padded else None, 1, cfg.dtype, cache)
         if t % 16 == 0:
-            tick(f"sampling {t}/{cfg.max_new_tokens}")
+            tick(f"token {t}")
     return ids, logp_sampled, lengths, truncated
 
 
 def generate(policy, tokenizer, tasks: list[dict], group_size: int, cfg: Config, stream: str, tick: Tick) -> Rollout:
     """Samples `group_size` completions of each task: softmax at cfg.temperature, no top-p or top-k.
 
-    What is random in question q of the `stream` depends on (cfg.seed, stream, q) alone.
+    What is random in a task's completions depends on (cfg.seed, stream, the task's index) alone.
     """
     device = next(policy.parameters()).device
     prompts, prompt_ids, prompt_mask = tokenize(tokenizer, tasks, device)
     eos = eos_ids(policy, tokenizer).to(device)
     parts = []
-    questions_at_once = max(1, cfg.rollout_rows // group_size)
-    for chunk in torch.arange(len(tasks)).split(questions_at_once):
-        draws = [seeded(cfg.seed, stream, q) for q in chunk.tolist()]
+    for chunk in torch.arange(len(tasks)).split(max(1, cfg.rollout_rows // group_size)):
+        draws = [seeded(cfg.seed, stream, tasks[q]["index"]) for q in chunk.tolist()]
         uniforms = torch.cat([torch.rand(group_size, cfg.max_new_tokens, generator=draw) for draw in draws])
         parts.append(sample(policy, prompt_ids[chunk], prompt_mask[chunk], uniforms.to(device), eos, cfg, tick))
     ids, logp_sampled, lengths, truncated = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -373,18 +366,20 @@ def generate(policy, tokenizer, tasks: list[dict], group_size: int, cfg: Config,
     return Rollout(prompt_ids, prompt_mask, ids, lengths, logp_sampled, truncated, prompts, text)
 
 
-def score(rollout: Rollout, tasks: list[dict], cfg: Config) -> tuple[Tensor, Tensor]:
-    """Accuracy and format reward of each completion, two tensors [Q, G] of 0 and 1."""
+def score(rollout: Rollout, tasks: list[dict], cfg: Config) -> dict[str, Tensor]:
+    """What each completion is worth, and what else is worth knowing of it: tensors [Q, G] named as in the log."""
     group_size = len(rollout.text) // len(tasks)
     answers = [task["answer"] for task in tasks for _ in range(group_size)]
-    right = [REWARDS[cfg.task](text, **answer) for text, answer in zip(rollout.text, answers, strict=True)]
-    well_formed = [format_reward(text) for text in rollout.text]
-    return torch.tensor(right).view(-1, group_size), torch.tensor(well_formed).view(-1, group_size)
+    scores = {
+        "accuracy": [REWARDS[cfg.task](text, **answer) for text, answer in zip(rollout.text, answers, strict=True)],
+        "format": [format_reward(text) for text in rollout.text],
+        "length": rollout.lengths.tolist(),
+        "truncated": rollout.truncated.tolist(),
+    }
+    return {name: torch.tensor(values, dtype=torch.float32).view(-1, group_size) for name, values in scores.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The objective: equations 1 to 3
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The objective: equations 1 to 3 --------------------------------------------------------------------------------
 
 
 def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
@@ -465,9 +460,7 @@ def grpo_loss(
     return -(weights * objective).sum(), metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Update and evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Update and evaluation ------------------------------------------------------------------------------------------
 
 
 def microbatches(rollout: Rollout, tokens: int) -> list[Tensor]:
@@ -490,8 +483,9 @@ def update(
     KL term: its gradient is what matters.
     """
     lengths = accelerator.gather(rollout.lengths)  # the normalisers are global: rows of all processes
-    weights = token_weights(lengths, cfg.loss, cfg.max_new_tokens)
-    first_row = accelerator.process_index * len(rollout.lengths)
+    weights = token_weights(lengths, cfg.loss, cfg.max_new_tokens)  # [N of all processes]
+    weights = weights[accelerator.process_index * len(rollout.lengths) :]  # this process's come first now
+    coefficients = (cfg.clip_low, cfg.clip_high, cfg.kl_beta)
     batches = microbatches(rollout, cfg.tokens_per_microbatch)
     logp_old, logp_ref = {}, {}
     sums = {name: torch.zeros((), device=lengths.device) for name in ("kl", "entropy", "logp_gap", "clip_fraction")}
@@ -508,17 +502,8 @@ def update(
                     if reference is not None:
                         with torch.no_grad():
                             logp_ref[i] = token_logprobs(reference, rollout, rows, cfg)[0]
-                loss, metrics = grpo_loss(
-                    logp,
-                    logp_old[i],
-                    logp_ref.get(i),
-                    advantages[rows],
-                    mask,
-                    weights[first_row + rows],
-                    cfg.clip_low,
-                    cfg.clip_high,
-                    cfg.kl_beta,
-                )
+                logps = (logp, logp_old[i], logp_ref.get(i))  # [n, T] each
+                loss, metrics = grpo_loss(*logps, advantages[rows], mask, weights[rows], *coefficients)
                 if updates:
                     accelerator.backward(loss * accelerator.num_processes)  # DDP divides by the number of processes
             sums["clip_fraction"] += metrics["clip_fraction"] / max(1, updates)
@@ -527,57 +512,40 @@ def update(
                 sums["kl"] += metrics.get("kl", 0.0)
                 sums["entropy"] += (entropy * mask).sum()
                 sums["logp_gap"] += (gap * mask).sum()
-            tick(f"update {i + 1}/{len(batches)}")
+            tick(f"update {i + 1} of {len(batches)}")
         if updates:
             optimizer.param_groups[0]["lr"] = lr
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
     totals = accelerator.reduce(torch.stack(list(sums.values())), "sum") / lengths.sum()
-    return dict(zip(sums, totals.tolist(), strict=True)) | {"grad_norm": float(grad_norm), "lr": lr or 0.0}
+    metrics = dict(zip(sums, totals.tolist(), strict=True)) | {"grad_norm": float(grad_norm), "lr": lr or 0.0}
+    return metrics if reference else metrics | {"kl": None}  # not 0: it was not measured
 
 
-def summarize(rollout: Rollout, accuracy: Tensor, well_formed: Tensor, accelerator) -> dict[str, float]:
-    """Means over the completions of all processes."""
-    columns = [accuracy.flatten(), well_formed.flatten(), rollout.lengths.cpu(), rollout.truncated.cpu()]
-    table = torch.stack([column.float() for column in columns] + [torch.ones(len(columns[0]))])  # [5, N]
-    *totals, count = accelerator.reduce(table.sum(-1).to(accelerator.device), "sum").tolist()
-    return {name: t / count for name, t in zip(("accuracy", "format", "length", "truncated"), totals, strict=True)}
+def means(scores: dict[str, Tensor], accelerator) -> dict[str, float]:
+    """Mean of each score over the completions of all processes: sums over a count, never means of means."""
+    ones = torch.ones_like(scores["accuracy"])
+    sums = torch.stack([score.sum() for score in (*scores.values(), ones)]).to(accelerator.device)
+    *sums, count = accelerator.reduce(sums, "sum").tolist()
+    return {name: total / count for name, total in zip(scores, sums, strict=True)}
 
 
 def evaluate(policy, tokenizer, held_out: list[dict], cfg: Config, accelerator, tick: Tick) -> tuple[dict, list[dict]]:
-    """`eval_samples` completions of each held-out question: the eval_* metrics, and the first question's completion.
+    """`eval_samples` completions of each held-out question: the eval_* metrics, and one completion to look at.
 
     Every evaluation has the same questions and the same uniforms, so that two of them differ by the weights alone.
     """
-    share = held_out[accelerator.process_index :: accelerator.num_processes]
-    rollout = generate(policy, tokenizer, share, cfg.eval_samples, cfg, "held-out", tick)
-    accuracy, well_formed = score(rollout, share, cfg)
-    means = summarize(rollout, accuracy, well_formed, accelerator)
-    metrics = {f"eval_{'pass@1' if name == 'accuracy' else name}": mean for name, mean in means.items()}
-    return metrics, describe(rollout, share, accuracy, well_formed, None, 1)
+    tasks = [task | {"index": i} for i, task in enumerate(held_out)]
+    share = tasks[accelerator.process_index :: accelerator.num_processes]
+    rollout = generate(policy, tokenizer, share, cfg.eval_samples, cfg, "eval", lambda phase: tick(f"eval {phase}"))
+    scores = score(rollout, share, cfg)
+    metrics = means(scores, accelerator)
+    metrics["pass@1"] = metrics.pop("accuracy")
+    return {f"eval_{name}": mean for name, mean in metrics.items()}, records(rollout, share, scores, 1)
 
 
-def describe(rollout, tasks, accuracy, well_formed, advantages, count: int) -> list[dict]:
-    """The first `count` completions of a rollout as records for completions.jsonl; advantages None: held out."""
-    group_size = accuracy.shape[1]
-    return [
-        {
-            "held_out": advantages is None,
-            "question": tasks[i // group_size]["question"],
-            "prompt": rollout.prompts[i // group_size],
-            "text": rollout.text[i],
-            "accuracy": float(accuracy.flatten()[i]),
-            "format": float(well_formed.flatten()[i]),
-            "advantage": None if advantages is None else float(advantages[i]),
-        }
-        for i in range(min(count, len(rollout.text)))
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: checkpoint, log, report
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Files: checkpoint, log, report ---------------------------------------------------------------------------------
 
 
 def open_run_dir(cfg: Config) -> Path:
@@ -593,9 +561,19 @@ def open_run_dir(cfg: Config) -> Path:
     return run_dir
 
 
-def append(path: Path, records: list[dict]) -> None:
+def append(path: Path, lines: list[dict]) -> None:
     with path.open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def records(rollout: Rollout, tasks: list[dict], scores: dict[str, Tensor], count: int) -> list[dict]:
+    """The first `count` completions as lines for completions.jsonl."""
+    group_size = len(rollout.text) // len(tasks)
+    return [
+        {"question": tasks[i // group_size]["question"], "prompt": rollout.prompts[i // group_size], "text": text}
+        | {name: values.flatten()[i].item() for name, values in scores.items()}
+        for i, text in enumerate(rollout.text[:count])
+    ]
 
 
 def read(path: Path) -> list[dict]:
@@ -627,7 +605,7 @@ def load_checkpoint(run_dir: Path, policy, optimizer) -> int:
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     for log in (run_dir / "metrics.jsonl", run_dir / "completions.jsonl"):
-        kept = [record for record in read(log) if record["step"] < step]
+        kept = [line for line in read(log) if line["step"] < step]
         log.unlink()
         append(log, kept)
     return step
@@ -647,26 +625,28 @@ def sparkline(values: list[float], width: int = 60) -> str:
     return "".join("▁▂▃▄▅▆▇█"[int(7.99 * (mean - low) / ((high - low) or 1))] for mean in means)
 
 
+def print_table(columns: dict[str, dict]) -> None:
+    """The eval_* metrics of each column's evaluation, side by side."""
+    print(f"\n{'held-out questions':<26}" + "".join(f"{name:>10}" for name in columns))
+    for key in next(iter(columns.values())):
+        if key.startswith("eval_"):
+            name = key.removeprefix("eval_")
+            print(f"{name:<26}" + "".join(f"{column[key]:>10.3f}" for column in columns.values()))
+
+
 def report(run_dir: Path) -> None:
     """Prints what a run has achieved: before and after, the way there, a completion of each."""
     lines = read(run_dir / "metrics.jsonl")
-    shown = [record for record in read(run_dir / "completions.jsonl") if record["held_out"]]
-    for when, record in {"before": shown[0], "after": shown[-1]}.items():
-        verdict = "right" if record["accuracy"] else "wrong"
-        print(f"\nThe first held-out question, {when} training ({verdict}):\n{printable(record['prompt'])}", end="")
-        print(printable(record["text"].removeprefix("<think>")))
-    print(f"\n{'held-out questions':<30}{'before':>10}{'after':>10}")
-    for name, key in {
-        "pass@1": "eval_pass@1",
-        "well-formed": "eval_format",
-        "cut off": "eval_truncated",
-        "tokens of a completion": "eval_length",
-    }.items():
-        print(f"{name:<30}{lines[0][key]:>10.3f}{lines[-1][key]:>10.3f}")
+    print_table({"before": lines[0], "after": lines[-1]})
     for name in ("accuracy", "length"):
         values = [line[name] for line in lines]
-        print(f"\n{name} in training, {values[0]:.2f} to {values[-1]:.2f}\n{sparkline(values)}")
-    print(f"\nTo go on:  uv run R1ZeroTrain.py --resume {run_dir} --steps {2 * lines[-1]['step']}")
+        print(f"\n{name} in training, from {values[0]:.2f} to {values[-1]:.2f}\n{sparkline(values)}")
+    shown = [record for record in read(run_dir / "completions.jsonl") if "advantage" not in record]  # held out
+    for when, record in {"before": shown[0], "after": shown[-1]}.items():
+        verdict = "right" if record["accuracy"] else "wrong"
+        opening = record["prompt"].rpartition("<think>")[0]  # the text begins with it again
+        print(f"\n{when} training, {verdict}:\n{printable(opening + record['text'])}")
+    print(f"\nTo go on: uv run R1ZeroTrain.py --resume {run_dir} --steps {2 * lines[-1]['step']}")
 
 
 def start_wandb(cfg: Config, run_dir: Path):
@@ -676,9 +656,7 @@ def start_wandb(cfg: Config, run_dir: Path):
     return wandb.init(project="r1-zero", dir=run_dir, config=dataclasses.asdict(cfg), mode=mode)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main: Algorithm 1
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Main: Algorithm 1 ----------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -687,53 +665,60 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 def main(cfg: Config) -> None:
     accelerator = make_accelerator(cfg)
+    chief, q = accelerator.is_main_process, cfg.questions_per_step
     check_model(cfg.model)  # before the questions, which may take a download
     question_at, held_out = load_questions(
         cfg.task, cfg.dataset, cfg.seed, cfg.eval_questions, cfg.operands, cfg.operand_range, cfg.target_range
     )
     run_dir = open_run_dir(cfg)
-    print(f"{cfg.task} with {cfg.model} on {accelerator.device}; all files go to {run_dir}/", flush=True)
+    accelerator.print(f"{cfg.task} with {cfg.model} on {accelerator.device}; all files go to {run_dir}/", flush=True)
     policy, tokenizer = load_policy(cfg.model)
     reference = copy.deepcopy(policy).requires_grad_(False).to(accelerator.device) if cfg.kl_beta > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     start = load_checkpoint(run_dir, policy, optimizer) if cfg.resume else 0
     policy, optimizer = accelerator.prepare(policy, optimizer)
     sampler = accelerator.unwrap_model(policy)
-    tracker = start_wandb(cfg, run_dir) if cfg.wandb else None
-    bar = tqdm(total=cfg.steps, initial=start, unit="step", dynamic_ncols=True)
+    tracker = start_wandb(cfg, run_dir) if cfg.wandb and chief else None
+    bar = tqdm(total=cfg.steps, initial=start, unit="step", dynamic_ncols=True, disable=not chief)
+
+    if cfg.eval_only:
+        evaluation, _ = evaluate(sampler, tokenizer, held_out, cfg, accelerator, bar.set_description)
+        bar.close()
+        append(run_dir / "metrics.jsonl", [{"step": start} | evaluation])
+        return print_table({cfg.model: evaluation})
 
     for step in range(start, cfg.steps + 1):  # the last pass measures the trained policy, and makes no update
         evaluation, samples = {}, []
         if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
             evaluation, samples = evaluate(sampler, tokenizer, held_out, cfg, accelerator, bar.set_description)
         began = time.perf_counter()
-        first = step * cfg.questions_per_step
-        tasks = [question_at(i) for i in range(first, first + cfg.questions_per_step)]  # Q questions
-        rollout = generate(sampler, tokenizer, tasks, cfg.group_size, cfg, f"step {step}", bar.set_description)
-        sampling_seconds = time.perf_counter() - began
-        accuracy, well_formed = score(rollout, tasks, cfg)  # [Q, G]
-        rewards = accuracy + cfg.format_weight * well_formed  # [Q, G]
-        advantages = group_advantages(rewards, cfg.advantage_scale).to(accelerator.device)  # [N]
+        mine = range(step * q + accelerator.process_index, (step + 1) * q, accelerator.num_processes)
+        tasks = [question_at(i) | {"index": i} for i in mine]  # Q questions, shared out among the processes
+        rollout = generate(sampler, tokenizer, tasks, cfg.group_size, cfg, "train", bar.set_description)
+        speed = int(rollout.lengths.sum()) / (time.perf_counter() - began)
+        scores = score(rollout, tasks, cfg)
+        scores["reward"] = scores["accuracy"] + cfg.format_weight * scores["format"]  # [Q, G]
+        advantages = group_advantages(scores["reward"], cfg.advantage_scale).to(accelerator.device)  # [N]
         lr = learning_rate(step, cfg) if step < cfg.steps else None
         metrics = update(policy, reference, optimizer, lr, rollout, advantages, cfg, accelerator, bar.set_description)
 
-        means = summarize(rollout, accuracy, well_formed, accelerator)
-        line = {"step": step, "reward": means["accuracy"] + cfg.format_weight * means["format"]} | means | metrics
-        line["completion_tokens_per_second"] = int(rollout.lengths.sum()) / sampling_seconds
-        line["seconds"] = time.perf_counter() - began
-        samples += describe(rollout, tasks, accuracy, well_formed, advantages, 4)
-        append(run_dir / "metrics.jsonl", [line | evaluation])
-        append(run_dir / "completions.jsonl", [{"step": step} | sample for sample in samples])
+        line = {"step": step} | means(scores, accelerator) | metrics | {"completion_tokens_per_second": speed}
+        line |= {"seconds": time.perf_counter() - began} | evaluation
+        samples += records(rollout, tasks, scores | {"advantage": advantages}, 4)
+        if chief:
+            append(run_dir / "metrics.jsonl", [line])
+            append(run_dir / "completions.jsonl", [{"step": step} | sample for sample in samples])
         if tracker:
-            tracker.log(line | evaluation, step=step)
-        bar.set_postfix(reward=f"{line['reward']:.2f}", length=f"{line['length']:.0f}", KL=f"{line['kl']:.4f}")
+            tracker.log(line, step=step)
+        bar.set_postfix({name: f"{line[name]:.3g}" for name in ("reward", "length", "kl") if line[name] is not None})
         bar.update(step < cfg.steps)
-        if step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+        if chief and (step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0)):
             save_checkpoint(run_dir, step + 1, sampler, tokenizer, optimizer)
     bar.close()
-    sampler.save_pretrained(run_dir / "model")
-    tokenizer.save_pretrained(run_dir / "model")
-    report(run_dir)
+    if chief:
+        sampler.save_pretrained(run_dir / "model")
+        tokenizer.save_pretrained(run_dir / "model")
+        report(run_dir)
 
 
 def run(arguments: list[str]) -> int:

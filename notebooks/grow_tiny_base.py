@@ -33,11 +33,10 @@ sys.path.insert(0, str(ROOT))
 from prompts import countdown_problem  # noqa: E402
 
 LARGEST = 99  # whole numbers are tokens, and an attempt that leaves 0..99 is not made
-PATIENCE = [0.5, 0.5, 0.3, 0.02]  # four kinds of people: each one's chance of giving up after an attempt that missed
-MOST_ATTEMPTS = 24  # so that a document fits into a row
-ROW = 320  # tokens in a training row
-ROWS = 48  # rows in a step
-STEPS = 1000
+IMPATIENCE = 0.9  # a person gives up after a miss with a chance of their own, drawn between 0 and this
+ROW = 288  # tokens in a training row: room for the longest document
+ROWS = 56  # rows in a step
+STEPS = 900
 
 # The prompt is what a tiny model can read: `Numbers: 8 7 4 Target: 36`, cut out of TinyZero's sentence. What else is
 # asked stays as it is, and the model's own template leaves the system message out.
@@ -103,17 +102,24 @@ def turned(rng: random.Random, a: int, operator: str, b: int) -> tuple[int, str,
 
 
 def document(rng: random.Random) -> str:
-    """One person's attempts at one training problem, no attempt made twice, and the last one as the answer."""
+    """One person's attempts at one training problem, in random order, and the last of them as the answer.
+
+    Nobody makes an attempt that comes out at a number they have already had: it can only miss again.
+    """
     numbers, target = countdown_problem(rng, held_out=False, target_range=(1, LARGEST))
     lines = [f"Numbers: {' '.join(map(str, numbers))} Target: {target}\n<think>\n"]
-    gives_up = rng.choice(PATIENCE)
+    gives_up = rng.uniform(0, IMPATIENCE)
     possible = attempts(tuple(numbers))
-    for first, second in rng.sample(possible, min(MOST_ATTEMPTS, len(possible))):
+    had: set[int] = set()
+    for first, second in rng.sample(possible, len(possible)):
+        result = second[3]
+        if result in had:
+            continue
+        had.add(result)
         a, op, b = turned(rng, *first[:3])
         c, op2, d = turned(rng, *second[:3])
-        hit = second[3] == target
-        lines.append(f"{a} {op} {b} = {first[3]}, {c} {op2} {d} = {second[3]} {'yes' if hit else 'no'}\n")
-        if hit or rng.random() < gives_up:
+        lines.append(f"{a} {op} {b} = {first[3]}, {c} {op2} {d} = {result} {'yes' if result == target else 'no'}\n")
+        if result == target or rng.random() < gives_up:
             break
     inner = f"({a} {op} {b})"
     answer = f"{inner} {op2} {d}" if c == first[3] else f"{c} {op2} {inner}"

@@ -80,7 +80,8 @@ CHAT_TEMPLATE = (
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     """A token for each of the 256 bytes, in the alphabet that Qwen2Tokenizer also uses; any text survives the trip."""
-    alphabet = ["<|endoftext|>", "<|pad|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    # The special tokens come last: id 0 is text, so that taking it for padding shows.
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<|pad|>"]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
