@@ -37,7 +37,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -51,11 +51,19 @@ from prompts import UsageError, load_questions, render_prompt
 from rewards import countdown_reward, format_reward, gsm8k_reward
 
 HERE = Path(__file__).resolve().parent
-Tick = Callable[[str], None]  # told what is being done, so that the progress bar moves within a step
+Progress = Callable[[str], None]  # told what is being done, so that the progress bar moves within a step
+STATE = "checkpoint/state.json"  # in a run's directory
 REWARDS = {"countdown": countdown_reward, "gsm8k": gsm8k_reward}
 
 
 # ---- Config: every option, its default and its meaning, once --------------------------------------------------------
+
+
+# Types that say which values can work, from the first to the second; 2**20 stands for "as many as you like".
+Count = Annotated[int, (1, 2**20)]
+CountOrNone = Annotated[int, (0, 2**20)]
+Share = Annotated[float, (0, 1)]
+Weight = Annotated[float, (0, 100)]
 
 
 def option(default: object, meaning: str) -> object:
@@ -70,70 +78,58 @@ class Config:
     # The policy and what it is asked
     model: str = option("notebooks/tiny-base", "policy to start from: a save_pretrained folder or a hub name")
     task: Literal["countdown", "gsm8k"] = option("countdown", "what is asked, and which reward grades it")
+    template: Literal["auto", "base"] = option("auto", "auto: the model's chat template if it has one; base: never")
     dataset: str = option("", "hub dataset or local .jsonl .json .parquet .csv file; empty: the task's own")
-    operands: int = option(3, "numbers in a generated Countdown problem")
+    operands: Annotated[int, (2, 5)] = option(3, "numbers in a generated Countdown problem")
     operand_range: list[int] = option([1, 9], "smallest and largest number of a generated Countdown problem")
     target_range: list[int] = option([1, 99], "smallest and largest target of a generated Countdown problem")
     # Rollouts
-    steps: int = option(70, "rollouts to train on")
-    questions_per_step: int = option(16, "Q: questions in a step, over all processes")
-    group_size: int = option(16, "G: completions sampled for each question")
-    max_new_tokens: int = option(240, "T: tokens of the longest completion; longer ones are cut off, and fail")
-    temperature: float = option(1.0, "softmax temperature that completions are sampled and scored at")
-    rollout_rows: int = option(256, "completions sampled at once: bounds the KV cache")
-    format_weight: float = option(0.1, "reward for a well-formed completion; a right answer earns 1")
+    steps: CountOrNone = option(70, "rollouts to train on")
+    questions_per_step: Count = option(16, "Q: questions in a step, over all processes")
+    group_size: Annotated[int, (2, 2**20)] = option(16, "G: completions sampled for each question")
+    max_new_tokens: Count = option(240, "T: tokens of the longest completion; longer ones are cut off, and fail")
+    temperature: Annotated[float, (0.001, 100)] = option(
+        1.0, "softmax temperature that completions are sampled and scored at"
+    )
+    rollout_rows: Count = option(256, "completions sampled at once: bounds the KV cache")
+    format_weight: Weight = option(0.1, "reward for a well-formed completion; a right answer earns 1")
     # The update
-    lr: float = option(1e-3, "AdamW's learning rate at the first step")
-    lr_final: float = option(0.0, "share of lr left after the last step; in between it falls linearly")
-    kl_beta: float = option(0.001, "beta of eq. 1: weight of the KL penalty; 0 needs no reference model")
-    clip_low: float = option(0.2, "epsilon of eq. 1: the ratio is clipped at 1 - clip_low")
-    clip_high: float = option(0.2, "epsilon of eq. 1: the ratio is clipped at 1 + clip_high")
+    lr: Share = option(1e-3, "AdamW's learning rate at the first step")
+    lr_final: Share = option(0.0, "share of lr left after the last step; in between it falls linearly")
+    kl_beta: Weight = option(0.001, "beta of eq. 1: weight of the KL penalty; 0 needs no reference model")
+    clip_low: Share = option(0.2, "epsilon of eq. 1: the ratio is clipped at 1 - clip_low")
+    clip_high: Weight = option(0.2, "epsilon of eq. 1: the ratio is clipped at 1 + clip_high")
     loss: Literal["grpo", "dapo", "dr_grpo"] = option("grpo", "how much a token weighs: see token_weights")
     advantage_scale: Literal["group", "none"] = option("group", "divide by the group's std (eq. 3), or by nothing")
-    updates_per_rollout: int = option(1, "mu of the paper: optimizer steps on one rollout")
-    max_grad_norm: float = option(1.0, "a longer gradient is scaled down to this norm")
-    tokens_per_microbatch: int = option(8192, "tokens in one forward pass: bounds memory, not the result")
+    updates_per_rollout: Count = option(1, "mu of the paper: optimizer steps on one rollout")
+    max_grad_norm: Annotated[float, (1e-6, 1e6)] = option(1.0, "a longer gradient is scaled down to this norm")
+    tokens_per_microbatch: Count = option(8192, "tokens in one forward pass: bounds memory, not the result")
     # Evaluation, files and machine
-    eval_every: int = option(0, "steps between evaluations; 0: only before and after")
-    eval_questions: int = option(512, "held-out questions in an evaluation")
-    eval_samples: int = option(1, "K: completions sampled for each held-out question")
+    eval_every: CountOrNone = option(0, "steps between evaluations; 0: only before and after")
+    eval_questions: Count = option(512, "held-out questions in an evaluation")
+    eval_samples: Count = option(1, "K: completions sampled for each held-out question")
     eval_only: bool = option(False, "evaluate the model, and stop")
-    seed: int = option(0, "all that is random follows from it")
+    seed: Annotated[int, (0, 2**53)] = option(0, "all that is random follows from it")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, else MPS, else CPU")
     dtype: Literal["float32", "bfloat16"] = option("float32", "precision of the computing; weights stay float32")
     run_dir: str = option("", "where the run's files go; empty: runs/<recipe>-<time>")
-    save_every: int = option(10, "steps between checkpoints; 0: only at the end")
+    save_every: CountOrNone = option(10, "steps between checkpoints; 0: only at the end")
     resume: str = option("", "run directory to go on with, its options the defaults")
     wandb: bool = option(False, "log to Weights & Biases too: offline, unless WANDB_MODE says otherwise")
 
 
-BOUNDS = {  # smallest and largest value that an option may have
-    **dict.fromkeys(["operands"], (2, 5)),
-    **dict.fromkeys(["group_size"], (2, math.inf)),
-    **dict.fromkeys(["questions_per_step", "max_new_tokens", "rollout_rows", "updates_per_rollout"], (1, math.inf)),
-    **dict.fromkeys(["tokens_per_microbatch", "eval_questions", "eval_samples"], (1, math.inf)),
-    **dict.fromkeys(["steps", "eval_every", "save_every", "seed"], (0, 2**53)),
-    **dict.fromkeys(["format_weight", "kl_beta", "clip_high"], (0, 100)),
-    **dict.fromkeys(["lr", "lr_final", "clip_low"], (0, 1)),
-    **dict.fromkeys(["temperature", "max_grad_norm"], (0.001, 1000)),
-}
-
-_real = {"lr": 1e-6, "lr_final": 1.0, "max_new_tokens": 1024, "eval_every": 50, "save_every": 50, "dtype": "bfloat16"}
+LARGE_MODEL = {"lr": 1e-6, "lr_final": 1.0, "dtype": "bfloat16", "tokens_per_microbatch": 4096, "eval_every": 50}
 RECIPES: dict[str, dict] = {
-    # R1-Zero in miniature: nothing is downloaded, under 2 GB of memory, minutes on 2 cores.
-    "tiny": {},
-    # TinyZero: Qwen2.5-3B, base template, Countdown with 3 or 4 numbers up to 99; needs an 80 GB GPU.
-    "tinyzero": _real
-    | {"model": "Qwen/Qwen2.5-3B", "dataset": "Jiayi-Pan/Countdown-Tasks-3to4", "steps": 1000}
-    | {"questions_per_step": 64, "group_size": 8, "eval_questions": 1024},
-    # The GSM8K reproduction: 24 GB of GPU memory, or a 64 GB M1 Max.
-    "gsm8k": _real
+    "tiny": {},  # R1-Zero in miniature: the defaults above
+    "tinyzero": LARGE_MODEL  # github.com/Jiayi-Pan/TinyZero
+    | {"model": "Qwen/Qwen2.5-3B", "template": "base", "dataset": "Jiayi-Pan/Countdown-Tasks-3to4", "steps": 1000}
+    | {"questions_per_step": 64, "group_size": 8, "max_new_tokens": 1024, "eval_questions": 1024},
+    "gsm8k": LARGE_MODEL
     | {"model": "Qwen/Qwen2.5-1.5B-Instruct", "task": "gsm8k", "steps": 500, "max_new_tokens": 512}
     | {"questions_per_step": 8, "group_size": 8, "rollout_rows": 64, "eval_questions": 256},
-    # The simple reproduction on a Mac: 16 GB of unified memory.
-    "mac": _real
+    "mac": LARGE_MODEL
     | {"model": "Qwen/Qwen2.5-0.5B-Instruct", "task": "gsm8k", "steps": 300, "max_new_tokens": 300, "dtype": "float32"}
-    | {"questions_per_step": 4, "group_size": 8, "rollout_rows": 32, "tokens_per_microbatch": 2048}
+    | {"questions_per_step": 4, "group_size": 8, "rollout_rows": 32, "tokens_per_microbatch": 1024}
     | {"eval_questions": 128},
 }
 
@@ -147,31 +143,37 @@ def parse_config(arguments: list[str]) -> Config:
 
     def one_line(message: str) -> None:  # in place of argparse's usage text
         name = re.match(r"argument --(\w+)", message)
-        hint = f"try {parser.get_default(name[1])}" if name else "try --help"
-        raise UsageError(f"{message.removeprefix('argument ')}; {hint}")
+        raise UsageError(f"{message.removeprefix('argument ')}; try {default(name[1]) if name else '--help'}")
+
+    def default(name: str) -> str:
+        value = parser.get_default(name)
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value) or "--help"
 
     parser.error = one_line
     first = parser.parse_args(arguments)
     if first.recipe not in RECIPES:
         raise UsageError(f"--recipe {first.recipe}: there is no such recipe; try {', '.join(RECIPES)}")
-    parser.set_defaults(**(read_config(first.resume) if first.resume else RECIPES[first.recipe]))
+    base, done = saved_run(first.resume) if first.resume else (RECIPES[first.recipe], 0)
+    for name, value in reversed(base.items()):  # as if typed in front, so that they are checked like the rest
+        arguments = [f"--{name}", *map(str, value if isinstance(value, list) else [value]), *arguments]
     cfg = Config(**vars(parser.parse_args(arguments)))
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(cfg, name)
-        if not (low <= value <= high and math.isfinite(value)):
-            span = f"{low:g} or more" if high > 1e6 else f"from {low:g} to {high:g}"
-            meaning = Config.__dataclass_fields__[name].metadata["help"]
-            raise UsageError(f"--{name} {value}: must be {span} ({meaning}); try {getattr(Config, name)}")
+    for name, kind in get_type_hints(Config, include_extras=True).items():
+        low, high = getattr(kind, "__metadata__", [(None, None)])[0]
+        if low is not None and not low <= getattr(cfg, name) <= high:
+            raise UsageError(f"--{name} {getattr(cfg, name)}: must be from {low} to {high}; try {default(name)}")
+    if done > cfg.steps:
+        raise UsageError(f"--steps {cfg.steps}: {cfg.resume} has done {done} already; try {2 * done}")
     return cfg
 
 
-def read_config(run_dir: str) -> dict:
-    """The options a run was started with."""
+def saved_run(run_dir: str) -> tuple[dict, int]:
+    """The options that a run was started with, but for those of a single call, and the step of its checkpoint."""
     try:
         saved = json.loads((Path(run_dir) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--resume {run_dir}: no run to go on with ({error}); try ls runs/") from error
-    return saved | {"run_dir": run_dir, "resume": run_dir}
+        options = {name: value for name, value in saved.items() if name not in ("eval_only", "wandb")}
+        return options | {"run_dir": run_dir}, json.loads((Path(run_dir) / STATE).read_text())["step"]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # missing, or damaged
+        raise UsageError(f"--resume {run_dir}: no run to go on with ({error!r}); try a folder in runs/") from error
 
 
 # ---- Device, randomness, policy -------------------------------------------------------------------------------------
@@ -182,7 +184,10 @@ def make_accelerator(cfg: Config) -> Accelerator:
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if cfg.device not in ("auto", "cpu", best):
         raise UsageError(f"--device {cfg.device}: this machine has {best}; try {best}")
-    return Accelerator(cpu=cfg.device == "cpu", mixed_precision="no")
+    accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision="no")
+    if cfg.questions_per_step % (n := accelerator.num_processes):
+        raise UsageError(f"--questions_per_step {cfg.questions_per_step}: not a multiple of {n} processes; try {4 * n}")
+    return accelerator
 
 
 def seeded(*key: object) -> torch.Generator:
@@ -198,30 +203,29 @@ def check_model(model: str) -> str:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).parent.is_dir():
             return model  # a hub name: owner/model
         raise UsageError(f"--model {model}: no such folder; try notebooks/tiny-base or a hub name like owner/model")
-    for part, files in {
-        "config": ["config.json"],
-        "tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.json"],
-        "weights": ["model.safetensors", "model.safetensors.index.json"],
-    }.items():
-        if not any((folder / name).is_file() for name in files):
-            wanted = " or ".join(files)
-            raise UsageError(f"--model {model}: the folder has no {part} ({wanted}); try notebooks/tiny-base")
+    for part in (["config.json"], ["tokenizer.json", "tokenizer.model", "vocab.json"], ["model.safetensors*"]):
+        if not any(list(folder.glob(name)) for name in part):
+            raise UsageError(f"--model {model}: the folder has no {' or '.join(part)}; try notebooks/tiny-base")
     return str(folder)
 
 
-def load_policy(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(model: str, template: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32: at lr 1e-6 an update is smaller than half a bfloat16 step, and would be lost."""
     name = check_model(model)
-    local = Path(name).is_dir()
+    options = {"trust_remote_code": False, "local_files_only": Path(name).is_dir()}
     disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
-        policy = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=local
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        policy, loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file each library raises its own kind; all are shown, and end the run
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"--model {model}: cannot be loaded ({reason}); try notebooks/tiny-base") from error
+    if loaded["missing_keys"]:  # transformers would go on with random weights in their place
+        raise UsageError(f"--model {model}: lacks the weights {sorted(loaded['missing_keys'])[:3]}; try another model")
+    if template == "base":
+        tokenizer.chat_template = None
     return policy.eval(), tokenizer  # eval: dropout would make the ratio differ from 1 on the first update
 
 
@@ -261,13 +265,11 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, tasks: list[dict], device: torch.device
-) -> tuple[list[str], Tensor, Tensor]:
+def tokenize(tokenizer, tasks: list[dict], device: torch.device) -> tuple[list[str], Tensor, Tensor]:
     """Prompts as text, and as ids and mask [Q, P], padded left so that every completion starts in one column."""
     prompts = [render_prompt(tokenizer, task["question"]) for task in tasks]
     # A chat template writes its own BOS; without one the tokenizer must add it.
-    rows = tokenizer(prompts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    rows = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)  # [Q, P]
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)  # [Q, P]
@@ -297,7 +299,9 @@ def next_token_logits(model, ids: Tensor, mask: Tensor | None, keep: int, dtype:
 
 
 @torch.no_grad()
-def sample(policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, cfg: Config, tick: Tick):
+def sample(
+    policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, cfg: Config, progress: Progress
+):
     """One completion of the [q, P] prompts for each row of uniforms [n, T], n/q of each prompt.
 
     Returns ids, logp_sampled [n, T] and lengths, truncated [n]. Each prompt goes through the model once and its cache
@@ -337,30 +341,36 @@ def sample(policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eo
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits = next_token_logits(policy, token, mask if padded else None, 1, cfg.dtype, cache)
         if t % 16 == 0:
-            tick(f"token {t}")
+            progress(f"token {t}")
     return ids, logp_sampled, lengths, truncated
 
 
-def generate(policy, tokenizer, tasks: list[dict], group_size: int, cfg: Config, stream: str, tick: Tick) -> Rollout:
+def generate(
+    policy, tokenizer, tasks: list[dict], group_size: int, cfg: Config, stream: str, progress: Progress
+) -> Rollout:
     """Samples `group_size` completions of each task: softmax at cfg.temperature, no top-p or top-k.
 
     What is random in a task's completions depends on (cfg.seed, stream, the task's index) alone.
     """
     device = next(policy.parameters()).device
     prompts, prompt_ids, prompt_mask = tokenize(tokenizer, tasks, device)
+    room = getattr(policy.config, "max_position_embeddings", math.inf) - prompt_ids.shape[1]
+    if cfg.max_new_tokens > room:
+        raise UsageError(f"--max_new_tokens {cfg.max_new_tokens}: the prompts leave room for {room}; try {room}")
     eos = eos_ids(policy, tokenizer).to(device)
     parts = []
     for chunk in torch.arange(len(tasks)).split(max(1, cfg.rollout_rows // group_size)):
         draws = [seeded(cfg.seed, stream, tasks[q]["index"]) for q in chunk.tolist()]
         uniforms = torch.cat([torch.rand(group_size, cfg.max_new_tokens, generator=draw) for draw in draws])
-        parts.append(sample(policy, prompt_ids[chunk], prompt_mask[chunk], uniforms.to(device), eos, cfg, tick))
+        parts.append(sample(policy, prompt_ids[chunk], prompt_mask[chunk], uniforms.to(device), eos, cfg, progress))
     ids, logp_sampled, lengths, truncated = (torch.cat(part) for part in zip(*parts, strict=True))
 
     past_end = torch.arange(cfg.max_new_tokens, device=device) >= lengths[:, None]
     ids = ids.masked_fill(past_end, 0)  # a row that had finished went on sampling until it left the batch
-    bodies = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
+    # Only the EOS that ended a completion is left out of its text: special tokens elsewhere are what it wrote.
+    bodies = [row[:length] for row, length in zip(ids.tolist(), (lengths - (~truncated).long()).tolist(), strict=True)]
+    bodies = tokenizer.batch_decode(bodies, skip_special_tokens=False)
     openings = ["<think>" + prompt.rpartition("<think>")[2] for prompt in prompts for _ in range(group_size)]
-    bodies = tokenizer.batch_decode(bodies, skip_special_tokens=True)
     text = [opening + body for opening, body in zip(openings, bodies, strict=True)]
     prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
     return Rollout(prompt_ids, prompt_mask, ids, lengths, logp_sampled, truncated, prompts, text)
@@ -475,7 +485,15 @@ def microbatches(rollout: Rollout, tokens: int) -> list[Tensor]:
 
 
 def update(
-    policy, reference, optimizer, lr: float | None, rollout: Rollout, advantages: Tensor, cfg: Config, accelerator, tick
+    policy,
+    reference,
+    optimizer,
+    lr: float | None,
+    rollout: Rollout,
+    advantages: Tensor,
+    cfg: Config,
+    accelerator,
+    progress,
 ) -> dict[str, float]:
     """mu optimizer steps on one rollout; lr None measures only. Returns means over the tokens of all processes.
 
@@ -485,42 +503,42 @@ def update(
     lengths = accelerator.gather(rollout.lengths)  # the normalisers are global: rows of all processes
     weights = token_weights(lengths, cfg.loss, cfg.max_new_tokens)  # [N of all processes]
     weights = weights[accelerator.process_index * len(rollout.lengths) :]  # this process's come first now
-    coefficients = (cfg.clip_low, cfg.clip_high, cfg.kl_beta)
     batches = microbatches(rollout, cfg.tokens_per_microbatch)
-    logp_old, logp_ref = {}, {}
+    logp_ref: list[Tensor | None] = [None] * len(batches)
+    if reference is not None:  # before the policy's passes, whose graphs would take up memory meanwhile
+        with torch.no_grad():
+            logp_ref = [token_logprobs(reference, rollout, rows, cfg)[0] for rows in batches]
+    logp_old: list[Tensor] = []
     sums = {name: torch.zeros((), device=lengths.device) for name in ("kl", "entropy", "logp_gap", "clip_fraction")}
     grad_norm = torch.zeros(())
     updates = 0 if lr is None else cfg.updates_per_rollout
-    for epoch in range(max(1, updates)):
-        for i, rows in enumerate(batches):
-            # DDP adds up gradients over processes at the last backward only: their micro-batches may differ in number.
-            last = i + 1 == len(batches)
-            with nullcontext() if last else accelerator.no_sync(policy), torch.set_grad_enabled(updates > 0):
-                logp, entropy, mask = token_logprobs(policy, rollout, rows, cfg)
-                if epoch == 0:
-                    logp_old[i] = logp.detach()
-                    if reference is not None:
-                        with torch.no_grad():
-                            logp_ref[i] = token_logprobs(reference, rollout, rows, cfg)[0]
-                logps = (logp, logp_old[i], logp_ref.get(i))  # [n, T] each
-                loss, metrics = grpo_loss(*logps, advantages[rows], mask, weights[rows], *coefficients)
-                if updates:
-                    accelerator.backward(loss * accelerator.num_processes)  # DDP divides by the number of processes
-            sums["clip_fraction"] += metrics["clip_fraction"] / max(1, updates)
-            if epoch == 0:  # of the policy that sampled: later updates have moved it
-                gap = (logp.detach() - rollout.logp_sampled[rows, : logp.shape[1]]).abs()
-                sums["kl"] += metrics.get("kl", 0.0)
-                sums["entropy"] += (entropy * mask).sum()
-                sums["logp_gap"] += (gap * mask).sum()
-            tick(f"update {i + 1} of {len(batches)}")
-        if updates:
-            optimizer.param_groups[0]["lr"] = lr
+    for epoch, (i, rows) in itertools.product(range(max(1, updates)), enumerate(batches)):
+        last = i + 1 == len(batches)
+        # DDP adds up gradients over processes at the last backward only: their micro-batches may differ in number.
+        with nullcontext() if last else accelerator.no_sync(policy), torch.set_grad_enabled(updates > 0):
+            logp, entropy, mask = token_logprobs(policy, rollout, rows, cfg)
+            if epoch == 0:
+                logp_old.append(logp.detach())
+            loss, metrics = grpo_loss(
+                *(logp, logp_old[i], logp_ref[i], advantages[rows], mask, weights[rows]),
+                *(cfg.clip_low, cfg.clip_high, cfg.kl_beta),
+            )
+            if updates:
+                accelerator.backward(loss * accelerator.num_processes)  # DDP divides by the number of processes
+        sums["clip_fraction"] += metrics["clip_fraction"] / max(1, updates)
+        if epoch == 0:  # of the policy that sampled: later updates have moved it
+            sums["kl"] += metrics.get("kl", 0.0)
+            sums["entropy"] += (entropy * mask).sum()
+            sums["logp_gap"] += ((logp_old[i] - rollout.logp_sampled[rows, : logp.shape[1]]).abs() * mask).sum()
+        if updates and last:
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
+        progress(f"update {i + 1} of {len(batches)}")
     totals = accelerator.reduce(torch.stack(list(sums.values())), "sum") / lengths.sum()
     metrics = dict(zip(sums, totals.tolist(), strict=True)) | {"grad_norm": float(grad_norm), "lr": lr or 0.0}
-    return metrics if reference else metrics | {"kl": None}  # not 0: it was not measured
+    return metrics if reference is not None else metrics | {"kl": None}  # not 0: it was not measured
 
 
 def means(scores: dict[str, Tensor], accelerator) -> dict[str, float]:
@@ -531,14 +549,14 @@ def means(scores: dict[str, Tensor], accelerator) -> dict[str, float]:
     return {name: total / count for name, total in zip(scores, sums, strict=True)}
 
 
-def evaluate(policy, tokenizer, held_out: list[dict], cfg: Config, accelerator, tick: Tick) -> tuple[dict, list[dict]]:
+def evaluate(policy, tokenizer, held_out: list[dict], cfg: Config, accelerator, progress) -> tuple[dict, list[dict]]:
     """`eval_samples` completions of each held-out question: the eval_* metrics, and one completion to look at.
 
     Every evaluation has the same questions and the same uniforms, so that two of them differ by the weights alone.
     """
     tasks = [task | {"index": i} for i, task in enumerate(held_out)]
     share = tasks[accelerator.process_index :: accelerator.num_processes]
-    rollout = generate(policy, tokenizer, share, cfg.eval_samples, cfg, "eval", lambda phase: tick(f"eval {phase}"))
+    rollout = generate(policy, tokenizer, share, cfg.eval_samples, cfg, "eval", lambda phase: progress(f"eval {phase}"))
     scores = score(rollout, share, cfg)
     metrics = means(scores, accelerator)
     metrics["pass@1"] = metrics.pop("accuracy")
@@ -588,27 +606,29 @@ def save_checkpoint(run_dir: Path, step: int, policy, tokenizer, optimizer) -> N
     tokenizer.save_pretrained(new)
     torch.save(optimizer.state_dict(), new / "optimizer.pt")
     (new / "state.json").write_text(json.dumps({"step": step}))
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        old.rename(run_dir / "checkpoint.old")
     new.rename(old)
+    shutil.rmtree(run_dir / "checkpoint.old", ignore_errors=True)
 
 
 def load_checkpoint(run_dir: Path, policy, optimizer) -> int:
-    """Puts the last checkpoint into policy and optimizer and cuts the logs back to it; returns its step.
+    """Puts the last checkpoint into policy and optimizer, and returns its step.
 
     No random state is needed: what is drawn in a step follows from the seed and the step.
     """
     checkpoint = run_dir / "checkpoint"
-    if not checkpoint.is_dir():
-        raise UsageError(f"--resume {run_dir}: it has no checkpoint yet; try another run, or start a new one")
-    weights = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
-    policy.load_state_dict(weights.state_dict())
-    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
-    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    policy.load_state_dict(load_policy(str(checkpoint))[0].state_dict())
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
+    return json.loads((run_dir / STATE).read_text())["step"]
+
+
+def cut_logs(run_dir: Path, step: int) -> None:
+    """Leaves only what came before `step` in the logs, so that a resumed run writes each step once."""
     for log in (run_dir / "metrics.jsonl", run_dir / "completions.jsonl"):
-        kept = [line for line in read(log) if line["step"] < step]
-        log.unlink()
-        append(log, kept)
-    return step
+        shorter = log.with_suffix(".new")
+        shorter.write_text("".join(json.dumps(line) + "\n" for line in read(log) if line["step"] < step))
+        shorter.replace(log)
 
 
 def printable(text: str) -> str:
@@ -649,7 +669,7 @@ def report(run_dir: Path) -> None:
     print(f"\nTo go on: uv run R1ZeroTrain.py --resume {run_dir} --steps {2 * lines[-1]['step']}")
 
 
-def start_wandb(cfg: Config, run_dir: Path):
+def start_wandb(cfg: Config, run_dir: Path) -> object:
     import wandb  # here, as most runs do without it
 
     mode = os.environ.get("WANDB_MODE", "offline")  # nothing is uploaded unless the user says so
@@ -659,35 +679,32 @@ def start_wandb(cfg: Config, run_dir: Path):
 # ---- Main: Algorithm 1 ----------------------------------------------------------------------------------------------
 
 
-def learning_rate(step: int, cfg: Config) -> float:
-    return cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
-
-
 def main(cfg: Config) -> None:
     accelerator = make_accelerator(cfg)
-    chief, q = accelerator.is_main_process, cfg.questions_per_step
+    is_main, q = accelerator.is_main_process, cfg.questions_per_step
     check_model(cfg.model)  # before the questions, which may take a download
     question_at, held_out = load_questions(
         cfg.task, cfg.dataset, cfg.seed, cfg.eval_questions, cfg.operands, cfg.operand_range, cfg.target_range
     )
     run_dir = open_run_dir(cfg)
     accelerator.print(f"{cfg.task} with {cfg.model} on {accelerator.device}; all files go to {run_dir}/", flush=True)
-    policy, tokenizer = load_policy(cfg.model)
+    policy, tokenizer = load_policy(cfg.model, cfg.template)
     reference = copy.deepcopy(policy).requires_grad_(False).to(accelerator.device) if cfg.kl_beta > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     start = load_checkpoint(run_dir, policy, optimizer) if cfg.resume else 0
     policy, optimizer = accelerator.prepare(policy, optimizer)
     sampler = accelerator.unwrap_model(policy)
-    tracker = start_wandb(cfg, run_dir) if cfg.wandb and chief else None
-    bar = tqdm(total=cfg.steps, initial=start, unit="step", dynamic_ncols=True, disable=not chief)
+    tracker = start_wandb(cfg, run_dir) if cfg.wandb and is_main else None
+    bar = tqdm(total=cfg.steps, initial=start, unit="step", dynamic_ncols=True, disable=not is_main)
 
     if cfg.eval_only:
         evaluation, _ = evaluate(sampler, tokenizer, held_out, cfg, accelerator, bar.set_description)
         bar.close()
-        append(run_dir / "metrics.jsonl", [{"step": start} | evaluation])
-        return print_table({cfg.model: evaluation})
+        return print_table({"now": evaluation}) if is_main else None
+    if cfg.resume and is_main:
+        cut_logs(run_dir, start)
 
-    for step in range(start, cfg.steps + 1):  # the last pass measures the trained policy, and makes no update
+    for step in range(start, cfg.steps + 1):  # a line of the log describes the policy after `step` updates
         evaluation, samples = {}, []
         if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
             evaluation, samples = evaluate(sampler, tokenizer, held_out, cfg, accelerator, bar.set_description)
@@ -699,23 +716,26 @@ def main(cfg: Config) -> None:
         scores = score(rollout, tasks, cfg)
         scores["reward"] = scores["accuracy"] + cfg.format_weight * scores["format"]  # [Q, G]
         advantages = group_advantages(scores["reward"], cfg.advantage_scale).to(accelerator.device)  # [N]
-        lr = learning_rate(step, cfg) if step < cfg.steps else None
+        lr = cfg.lr * (1 - (1 - cfg.lr_final) * step / cfg.steps) if step < cfg.steps else None
         metrics = update(policy, reference, optimizer, lr, rollout, advantages, cfg, accelerator, bar.set_description)
 
         line = {"step": step} | means(scores, accelerator) | metrics | {"completion_tokens_per_second": speed}
         line |= {"seconds": time.perf_counter() - began} | evaluation
         samples += records(rollout, tasks, scores | {"advantage": advantages}, 4)
-        if chief:
+        if is_main:
             append(run_dir / "metrics.jsonl", [line])
             append(run_dir / "completions.jsonl", [{"step": step} | sample for sample in samples])
         if tracker:
             tracker.log(line, step=step)
         bar.set_postfix({name: f"{line[name]:.3g}" for name in ("reward", "length", "kl") if line[name] is not None})
         bar.update(step < cfg.steps)
-        if chief and (step + 1 == cfg.steps or (cfg.save_every and (step + 1) % cfg.save_every == 0)):
+        save = step + 1 == cfg.steps or (step < cfg.steps and cfg.save_every and (step + 1) % cfg.save_every == 0)
+        if save and is_main:
             save_checkpoint(run_dir, step + 1, sampler, tokenizer, optimizer)
     bar.close()
-    if chief:
+    if tracker:
+        tracker.finish()
+    if is_main:
         sampler.save_pretrained(run_dir / "model")
         tokenizer.save_pretrained(run_dir / "model")
         report(run_dir)
@@ -726,7 +746,7 @@ def run(arguments: list[str]) -> int:
     try:
         main(parse_config(arguments))
     except UsageError as error:
-        print(f"R1ZeroTrain.py: {error}", file=sys.stderr)
+        print("R1ZeroTrain.py:", *str(error).split(), file=sys.stderr)  # on one line, whatever was typed
         return 2
     except KeyboardInterrupt:
         print("\nstopped; `--resume` and the run's directory go on from its last checkpoint", file=sys.stderr)

@@ -14,6 +14,8 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 
 class UsageError(ValueError):
     """An option whose value cannot work. The message is one line: the option, its value, and a value that works."""
@@ -50,7 +52,11 @@ def render_prompt(tokenizer, question: str) -> str:
     if not tokenizer.chat_template:
         return BASE_TEMPLATE.format(question=question)
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError:  # Gemma's templates refuse a system message
+        messages = [{"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{question}"}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return prompt if prompt.rstrip().endswith("<think>") else prompt + "<think>"
 
 

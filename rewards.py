@@ -76,7 +76,7 @@ def countdown_reward(completion: str, numbers: list[int], target: int) -> float:
     if sorted(int(token) for token in written) != sorted(numbers):
         return 0.0
     try:
-        return 1.0 if evaluate(tokens) == target else 0.0
+        return 1.0 if expression_value(tokens) == target else 0.0
     except (SyntaxError, ZeroDivisionError):
         return 0.0
 
@@ -85,7 +85,7 @@ def is_number(token: str) -> bool:
     return token.isascii() and token.isdigit()  # isdigit alone is true of "²" and of every other script's digits
 
 
-def evaluate(tokens: list[str]) -> Fraction:
+def expression_value(tokens: list[str]) -> Fraction:
     """The exact value of an expression, by recursive descent over this grammar:
 
         total   = product { ("+" | "-") product }

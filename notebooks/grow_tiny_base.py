@@ -1,23 +1,28 @@
 """Grows notebooks/tiny-base, the base model that `uv run R1ZeroTrain.py` trains: `uv run notebooks/grow_tiny_base.py`.
 
 It stands in for the base model of the paper, and is made the way that one was: next-token prediction on text that
-people wrote before anyone thought of rewards. The people here are imaginary, and play Countdown badly. Each tries
-random sums, says "no" until one hits, and says "yes" then. Most of them lose patience after a try or two and hand in
-their last attempt as it is; few keep at it. So the model learns arithmetic (its sums are right), the tags, and that
-one may try again, but not that trying again pays: that is left for reinforcement learning to find out.
+people wrote before anyone thought of rewards. The people here are imaginary, and play Countdown at random: each takes
+two of the numbers, tries what the result makes with the third, takes another two, says "no" until a target is hit, and
+"yes" then. Most lose patience after a try or two and hand in their last attempt as it is; a few keep at it. So the
+model learns arithmetic (its sums are right), the tags, and that one may try again, but not that trying again pays:
+that is left for reinforcement learning to find out.
 
     Numbers: 8 7 4 Target: 36
     <think>
-    7 + 8 = 15, 15 - 4 = 11 no
-    8 - 7 = 1, 1 + 4 = 5 no
+    7 + 8 = 15
+    15 - 4 = 11 no
+    15 + 4 = 19 no
+    8 - 7 = 1
+    1 + 4 = 5 no
     </think>
     <answer>(8 - 7) + 4</answer>
 
-No held-out problem appears in the corpus. About 20 minutes on 2 cores; the same seed gives the same model.
+No held-out problem appears in the corpus. About 15 minutes on 2 cores; the same seed gives the same model.
 """
 
 import argparse
 import random
+import re
 import sys
 import time
 from functools import cache
@@ -33,9 +38,9 @@ sys.path.insert(0, str(ROOT))
 from prompts import countdown_problem  # noqa: E402
 
 LARGEST = 99  # whole numbers are tokens, and an attempt that leaves 0..99 is not made
-IMPATIENCE = 0.9  # a person gives up after a miss with a chance of their own, drawn between 0 and this
-ROW = 288  # tokens in a training row: room for the longest document
-ROWS = 56  # rows in a step
+PATIENT = 0.25  # share of the people who hardly ever give up
+ROW = 256  # tokens in a training row: room for the longest document
+ROWS = 64  # rows in a step
 STEPS = 900
 
 # The prompt is what a tiny model can read: `Numbers: 8 7 4 Target: 36`, cut out of TinyZero's sentence. What else is
@@ -91,14 +96,9 @@ def one_step(numbers: tuple[int, ...]) -> list[tuple[int, str, int, int, tuple[i
     return found
 
 
-@cache
-def attempts(numbers: tuple[int, ...]) -> list[tuple[tuple, tuple]]:
-    """Every way to combine three numbers to one, as two steps."""
-    return [(first, second) for first in one_step(numbers) for second in one_step((*first[4], first[3]))]
-
-
-def turned(rng: random.Random, a: int, operator: str, b: int) -> tuple[int, str, int]:
-    return (b, operator, a) if operator in "+*" and rng.random() < 0.5 else (a, operator, b)
+def written(rng: random.Random, a: int, operator: str, b: int) -> str:
+    """A sum as somebody may write it: a + b or b + a."""
+    return f"{b} {operator} {a}" if operator in "+*" and rng.random() < 0.5 else f"{a} {operator} {b}"
 
 
 def document(rng: random.Random) -> str:
@@ -107,23 +107,31 @@ def document(rng: random.Random) -> str:
     Nobody makes an attempt that comes out at a number they have already had: it can only miss again.
     """
     numbers, target = countdown_problem(rng, held_out=False, target_range=(1, LARGEST))
-    lines = [f"Numbers: {' '.join(map(str, numbers))} Target: {target}\n<think>\n"]
-    gives_up = rng.uniform(0, IMPATIENCE)
-    possible = attempts(tuple(numbers))
+    # The chance of giving up after an attempt that missed.
+    gives_up = 0.02 if rng.random() < PATIENT else rng.uniform(0.5, 1.0)
+    lines = [f"Numbers: {' '.join(map(str, numbers))} Target: {target}", "<think>"]
     had: set[int] = set()
-    for first, second in rng.sample(possible, len(possible)):
-        result = second[3]
-        if result in had:
+    for a, op, b, result, left in shuffled(rng, one_step(tuple(numbers))):
+        seconds = [second for second in shuffled(rng, one_step((*left, result))) if second[3] not in had]
+        if not seconds:
             continue
-        had.add(result)
-        a, op, b = turned(rng, *first[:3])
-        c, op2, d = turned(rng, *second[:3])
-        lines.append(f"{a} {op} {b} = {first[3]}, {c} {op2} {d} = {result} {'yes' if result == target else 'no'}\n")
-        if result == target or rng.random() < gives_up:
-            break
-    inner = f"({a} {op} {b})"
-    answer = f"{inner} {op2} {d}" if c == first[3] else f"{c} {op2} {inner}"
-    return "".join(lines) + f"</think>\n<answer>{answer}</answer>"
+        first = written(rng, a, op, b)
+        lines.append(f"{first} = {result}")
+        for c, op2, d, last, _ in seconds:
+            if last in had:
+                continue
+            had.add(last)
+            second = written(rng, c, op2, d)
+            lines.append(f"{second} = {last} {'yes' if last == target else 'no'}")
+            if last == target or rng.random() < gives_up:
+                # The answer is the second step with the first one in the place of its result.
+                answer = re.sub(rf"\b{result}\b", f"({first})", second, count=1)
+                return "\n".join([*lines, "</think>", f"<answer>{answer}</answer>"])
+    raise AssertionError("every target can be reached")
+
+
+def shuffled(rng: random.Random, items: list) -> list:
+    return rng.sample(items, len(items))
 
 
 def training_row(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> list[int]:
