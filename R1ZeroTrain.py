@@ -84,17 +84,17 @@ class Config:
     operand_range: list[int] = option([1, 9], "smallest and largest number of a generated Countdown problem")
     target_range: list[int] = option([1, 99], "smallest and largest target of a generated Countdown problem")
     # Rollouts
-    steps: CountOrNone = option(70, "rollouts to train on")
+    steps: CountOrNone = option(50, "rollouts to train on")
     questions_per_step: Count = option(16, "Q: questions in a step, over all processes")
     group_size: Annotated[int, (2, 2**20)] = option(16, "G: completions sampled for each question")
-    max_new_tokens: Count = option(240, "T: tokens of the longest completion; longer ones are cut off, and fail")
+    max_new_tokens: Count = option(220, "T: tokens of the longest completion; longer ones are cut off, and fail")
     temperature: Annotated[float, (0.001, 100)] = option(
         1.0, "softmax temperature that completions are sampled and scored at"
     )
     rollout_rows: Count = option(256, "completions sampled at once: bounds the KV cache")
     format_weight: Weight = option(0.1, "reward for a well-formed completion; a right answer earns 1")
     # The update
-    lr: Share = option(1e-3, "AdamW's learning rate at the first step")
+    lr: Share = option(4e-4, "AdamW's learning rate at the first step")
     lr_final: Share = option(0.0, "share of lr left after the last step; in between it falls linearly")
     kl_beta: Weight = option(0.001, "beta of eq. 1: weight of the KL penalty; 0 needs no reference model")
     clip_low: Share = option(0.2, "epsilon of eq. 1: the ratio is clipped at 1 - clip_low")
@@ -102,7 +102,7 @@ class Config:
     loss: Literal["grpo", "dapo", "dr_grpo"] = option("grpo", "how much a token weighs: see token_weights")
     advantage_scale: Literal["group", "none"] = option("group", "divide by the group's std (eq. 3), or by nothing")
     updates_per_rollout: Count = option(1, "mu of the paper: optimizer steps on one rollout")
-    max_grad_norm: Annotated[float, (1e-6, 1e6)] = option(1.0, "a longer gradient is scaled down to this norm")
+    max_grad_norm: Annotated[float, (0.001, 1000)] = option(1.0, "a longer gradient is scaled down to this norm")
     tokens_per_microbatch: Count = option(8192, "tokens in one forward pass: bounds memory, not the result")
     # Evaluation, files and machine
     eval_every: CountOrNone = option(0, "steps between evaluations; 0: only before and after")
@@ -158,9 +158,9 @@ def parse_config(arguments: list[str]) -> Config:
         arguments = [f"--{name}", *map(str, value if isinstance(value, list) else [value]), *arguments]
     cfg = Config(**vars(parser.parse_args(arguments)))
     for name, kind in get_type_hints(Config, include_extras=True).items():
-        low, high = getattr(kind, "__metadata__", [(None, None)])[0]
-        if low is not None and not low <= getattr(cfg, name) <= high:
-            raise UsageError(f"--{name} {getattr(cfg, name)}: must be from {low} to {high}; try {default(name)}")
+        for low, high in getattr(kind, "__metadata__", []):
+            if not low <= getattr(cfg, name) <= high:
+                raise UsageError(f"--{name} {getattr(cfg, name)}: must be from {low} to {high}; try {default(name)}")
     if done > cfg.steps:
         raise UsageError(f"--steps {cfg.steps}: {cfg.resume} has done {done} already; try {2 * done}")
     return cfg
@@ -173,7 +173,7 @@ def saved_run(run_dir: str) -> tuple[dict, int]:
         options = {name: value for name, value in saved.items() if name not in ("eval_only", "wandb")}
         return options | {"run_dir": run_dir}, json.loads((Path(run_dir) / STATE).read_text())["step"]
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # missing, or damaged
-        raise UsageError(f"--resume {run_dir}: no run to go on with ({error!r}); try a folder in runs/") from error
+        raise UsageError(f"--resume {run_dir}: no run to go on with ({error}); try a folder in runs/") from error
 
 
 # ---- Device, randomness, policy -------------------------------------------------------------------------------------
@@ -203,9 +203,11 @@ def check_model(model: str) -> str:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).parent.is_dir():
             return model  # a hub name: owner/model
         raise UsageError(f"--model {model}: no such folder; try notebooks/tiny-base or a hub name like owner/model")
-    for part in (["config.json"], ["tokenizer.json", "tokenizer.model", "vocab.json"], ["model.safetensors*"]):
-        if not any(list(folder.glob(name)) for name in part):
-            raise UsageError(f"--model {model}: the folder has no {' or '.join(part)}; try notebooks/tiny-base")
+    parts = {"config": ["config.json"], "weights": ["model.safetensors", "model.safetensors.index.json"]}
+    parts["tokenizer"] = ["tokenizer.json", "tokenizer.model", "vocab.json"]
+    for part, files in parts.items():
+        if not any((folder / file).exists() for file in files):
+            raise UsageError(f"--model {model}: the folder has no {part} ({files[0]}); try notebooks/tiny-base")
     return str(folder)
 
 
@@ -301,7 +303,7 @@ def next_token_logits(model, ids: Tensor, mask: Tensor | None, keep: int, dtype:
 @torch.no_grad()
 def sample(
     policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, cfg: Config, progress: Progress
-):
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One completion of the [q, P] prompts for each row of uniforms [n, T], n/q of each prompt.
 
     Returns ids, logp_sampled [n, T] and lengths, truncated [n]. Each prompt goes through the model once and its cache
@@ -485,17 +487,9 @@ def microbatches(rollout: Rollout, tokens: int) -> list[Tensor]:
 
 
 def update(
-    policy,
-    reference,
-    optimizer,
-    lr: float | None,
-    rollout: Rollout,
-    advantages: Tensor,
-    cfg: Config,
-    accelerator,
-    progress,
+    policy, reference, optimizer, step: int, rollout: Rollout, advantages: Tensor, cfg: Config, accelerator, progress
 ) -> dict[str, float]:
-    """mu optimizer steps on one rollout; lr None measures only. Returns means over the tokens of all processes.
+    """mu optimizer steps on one rollout, none at step cfg.steps. Returns means over the tokens of all processes.
 
     On the first update logp_old is logp itself, so the ratio is exactly 1 and the loss has the value 0 but for the
     KL term: its gradient is what matters.
@@ -510,8 +504,8 @@ def update(
             logp_ref = [token_logprobs(reference, rollout, rows, cfg)[0] for rows in batches]
     logp_old: list[Tensor] = []
     sums = {name: torch.zeros((), device=lengths.device) for name in ("kl", "entropy", "logp_gap", "clip_fraction")}
-    grad_norm = torch.zeros(())
-    updates = 0 if lr is None else cfg.updates_per_rollout
+    grad_norm, lr = torch.zeros(()), cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
+    updates = cfg.updates_per_rollout if step < cfg.steps else 0
     for epoch, (i, rows) in itertools.product(range(max(1, updates)), enumerate(batches)):
         last = i + 1 == len(batches)
         # DDP adds up gradients over processes at the last backward only: their micro-batches may differ in number.
@@ -537,7 +531,7 @@ def update(
             optimizer.zero_grad()
         progress(f"update {i + 1} of {len(batches)}")
     totals = accelerator.reduce(torch.stack(list(sums.values())), "sum") / lengths.sum()
-    metrics = dict(zip(sums, totals.tolist(), strict=True)) | {"grad_norm": float(grad_norm), "lr": lr or 0.0}
+    metrics = dict(zip(sums, totals.tolist(), strict=True)) | {"grad_norm": float(grad_norm), "lr": lr}
     return metrics if reference is not None else metrics | {"kl": None}  # not 0: it was not measured
 
 
@@ -558,9 +552,8 @@ def evaluate(policy, tokenizer, held_out: list[dict], cfg: Config, accelerator, 
     share = tasks[accelerator.process_index :: accelerator.num_processes]
     rollout = generate(policy, tokenizer, share, cfg.eval_samples, cfg, "eval", lambda phase: progress(f"eval {phase}"))
     scores = score(rollout, share, cfg)
-    metrics = means(scores, accelerator)
-    metrics["pass@1"] = metrics.pop("accuracy")
-    return {f"eval_{name}": mean for name, mean in metrics.items()}, records(rollout, share, scores, 1)
+    metrics = {f"eval_{name}": mean for name, mean in means(scores, accelerator).items()}
+    return {"eval_pass@1": metrics.pop("eval_accuracy")} | metrics, records(rollout, share, scores, 1)
 
 
 # ---- Files: checkpoint, log, report ---------------------------------------------------------------------------------
@@ -648,10 +641,8 @@ def sparkline(values: list[float], width: int = 60) -> str:
 def print_table(columns: dict[str, dict]) -> None:
     """The eval_* metrics of each column's evaluation, side by side."""
     print(f"\n{'held-out questions':<26}" + "".join(f"{name:>10}" for name in columns))
-    for key in next(iter(columns.values())):
-        if key.startswith("eval_"):
-            name = key.removeprefix("eval_")
-            print(f"{name:<26}" + "".join(f"{column[key]:>10.3f}" for column in columns.values()))
+    for key in [key for key in next(iter(columns.values())) if key.startswith("eval_")]:
+        print(f"{key.removeprefix('eval_'):<26}" + "".join(f"{column[key]:>10.3f}" for column in columns.values()))
 
 
 def report(run_dir: Path) -> None:
@@ -700,7 +691,9 @@ def main(cfg: Config) -> None:
     if cfg.eval_only:
         evaluation, _ = evaluate(sampler, tokenizer, held_out, cfg, accelerator, bar.set_description)
         bar.close()
-        return print_table({"now": evaluation}) if is_main else None
+        if is_main and not cfg.resume:  # a resumed run has this line, or will have it
+            append(run_dir / "metrics.jsonl", [{"step": start} | evaluation])
+        return print_table({"now": evaluation})
     if cfg.resume and is_main:
         cut_logs(run_dir, start)
 
@@ -716,8 +709,7 @@ def main(cfg: Config) -> None:
         scores = score(rollout, tasks, cfg)
         scores["reward"] = scores["accuracy"] + cfg.format_weight * scores["format"]  # [Q, G]
         advantages = group_advantages(scores["reward"], cfg.advantage_scale).to(accelerator.device)  # [N]
-        lr = cfg.lr * (1 - (1 - cfg.lr_final) * step / cfg.steps) if step < cfg.steps else None
-        metrics = update(policy, reference, optimizer, lr, rollout, advantages, cfg, accelerator, bar.set_description)
+        metrics = update(policy, reference, optimizer, step, rollout, advantages, cfg, accelerator, bar.set_description)
 
         line = {"step": step} | means(scores, accelerator) | metrics | {"completion_tokens_per_second": speed}
         line |= {"seconds": time.perf_counter() - began} | evaluation

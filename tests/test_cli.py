@@ -11,17 +11,25 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 import R1ZeroTrain
-from R1ZeroTrain import BOUNDS, RECIPES, Config, parse_config
+from R1ZeroTrain import RECIPES, Config, parse_config
+
+BOUNDS = {  # smallest and largest value of each option that has any
+    name: kind.__metadata__[0]
+    for name, kind in get_type_hints(Config, include_extras=True).items()
+    if hasattr(kind, "__metadata__")
+}
 
 SCRIPT = Path(R1ZeroTrain.__file__)
-NUMBERS = [field.name for field in dataclasses.fields(Config) if field.type in (int, float)]
-TEXTS = [field.name for field in dataclasses.fields(Config) if field.type is str]
-FLAGS = [field.name for field in dataclasses.fields(Config) if field.type is bool]
+TYPES = get_type_hints(Config)
+NUMBERS = [name for name, kind in TYPES.items() if kind in (int, float)]
+TEXTS = [name for name, kind in TYPES.items() if kind is str]
+FLAGS = [name for name, kind in TYPES.items() if kind is bool]
 
 
 @dataclasses.dataclass
@@ -292,6 +300,7 @@ def test_resume_takes_the_options_of_the_run_and_the_command_line_overrides_them
     saved = dataclasses.replace(Config(), recipe="mac", lr=0.25, steps=9, operand_range=[2, 8], run_dir="elsewhere")
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(saved)))
     (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state.json").write_text('{"step": 9}')
     here = {"run_dir": str(tmp_path), "resume": str(tmp_path)}
     assert parse_config(["--resume", str(tmp_path)]) == dataclasses.replace(saved, **here)
     assert parse_config(["--resume", str(tmp_path), "--steps", "20"]) == dataclasses.replace(saved, **here, steps=20)

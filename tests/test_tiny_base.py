@@ -101,11 +101,20 @@ def test_the_shipped_tokenizer_is_the_one_the_script_makes(
     assert tokenizer.get_vocab() == made.get_vocab() and tokenizer.chat_template == made.chat_template
 
 
-def test_every_document_and_its_eos_fit_into_a_training_row(
+def test_every_question_has_the_length_that_the_loss_leaves_out(
     growing: ModuleType, tokenizer: PreTrainedTokenizerBase, corpus: list[str]
 ) -> None:
-    """One that did not would be left out, and the most patient people with it."""
-    assert max(map(len, tokenizer(corpus)["input_ids"])) + 1 <= growing.ROW
+    questions = [text[: HEADER.match(text).end()] + "<think>\n" for text in corpus]
+    assert {len(ids) for ids in tokenizer(questions)["input_ids"]} == {growing.QUESTION}
+
+
+def test_micro_batches_hold_every_document_once_and_whole(growing: ModuleType) -> None:
+    rng = random.Random(0)
+    documents = [[i] * rng.randint(20, 300) for i in range(200)]
+    batches = growing.microbatches(documents)
+    assert all(batch.numel() <= growing.TOKENS for batch in batches) and len(batches) > 10
+    rows = [[i for i in row if i >= 0] for batch in batches for row in batch.tolist()]
+    assert sorted(rows) == sorted(documents)
 
 
 def test_no_held_out_problem_is_in_the_corpus(corpus: list[str]) -> None:

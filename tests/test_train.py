@@ -30,7 +30,7 @@ ANSWER = {"numbers": [1, 2], "target": 3}
 TASKS = [{"question": question, "answer": ANSWER, "index": i} for i, question in enumerate(QUESTIONS)]
 
 
-def tick(message: str) -> None:
+def progress(message: str) -> None:
     pass
 
 
@@ -51,7 +51,7 @@ def load(folder: Path, eos: int = 0) -> tuple:
 
 
 def roll_out(policy, tokenizer, cfg: Config, tasks: list[dict] = TASKS) -> Rollout:
-    return generate(policy, tokenizer, tasks, cfg.group_size, cfg, "test", tick)
+    return generate(policy, tokenizer, tasks, cfg.group_size, cfg, "test", progress)
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -97,7 +97,8 @@ def test_sampling_equals_a_loop_without_cache_batch_and_padding(
         assert rollout.ids[row, :length].tolist() == ids
         assert rollout.logp_sampled[row, :length].tolist() == pytest.approx(logp, abs=1e-5)
         assert bool(rollout.truncated[row]) == (ids[-1] not in eos)
-        assert rollout.text[row] == "<think>" + tokenizer.decode(ids, skip_special_tokens=True)
+        written = ids[:-1] if ids[-1] in eos else ids  # any other special token is what the policy wrote
+        assert rollout.text[row] == "<think>" + tokenizer.decode(written)
     assert len(set(rollout.lengths.tolist())) > 4 and rollout.truncated.any(), "else this has shown little"
 
 
@@ -167,7 +168,7 @@ def test_what_is_sampled_follows_from_seed_stream_and_index(tiny_llama: Path) ->
     torch.manual_seed(1)  # the global generator has no say
     assert roll_out(policy, tokenizer, config()).text == first.text
     other_seed = roll_out(policy, tokenizer, config(seed=1))
-    other_stream = generate(policy, tokenizer, TASKS, 3, config(), "other", tick)
+    other_stream = generate(policy, tokenizer, TASKS, 3, config(), "other", progress)
     same_question_twice = roll_out(policy, tokenizer, config(), [TASKS[0], TASKS[0] | {"index": 9}])
     assert not set(first.text) & {*other_seed.text, *other_stream.text}
     assert len(set(first.text)) == 12 and len(set(same_question_twice.text)) == 6
@@ -188,7 +189,7 @@ class Dice(torch.nn.Module):
 def throw(probabilities: list[float], uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     cfg = config(max_new_tokens=uniforms.shape[1], temperature=temperature)
     prompt = torch.zeros(1, 1, dtype=torch.long)
-    return sample(Dice(probabilities), prompt, prompt == 0, uniforms, torch.tensor([99]), cfg, tick)[0]
+    return sample(Dice(probabilities), prompt, prompt == 0, uniforms, torch.tensor([99]), cfg, progress)[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -274,19 +275,19 @@ class Case:
     advantages: Tensor
 
     def update(self, cfg: Config, lr: float | None = 0.0) -> tuple[dict[str, float], list[Tensor], torch.nn.Module]:
-        """Metrics, the gradient of each update, and the policy after it; this case stays as it is."""
+        """Metrics, each update's gradient, the policy after; lr None makes no update. This case stays as it is."""
         policy = copy.deepcopy(self.policy)
         optimizer = Recorder(policy)
         metrics = update(
             policy=policy,
             reference=self.reference if cfg.kl_beta > 0 else None,
             optimizer=optimizer,
-            lr=lr,
+            step=cfg.steps if lr is None else 0,
             rollout=self.rollout,
             advantages=self.advantages,
-            cfg=cfg,
+            cfg=dataclasses.replace(cfg, lr=lr or 0.0),
             accelerator=Accelerator(cpu=True),
-            tick=tick,
+            progress=progress,
         )
         return metrics, optimizer.gradients, policy
 
