@@ -84,10 +84,10 @@ class Config:
     operand_range: list[int] = option([1, 9], "smallest and largest number of a generated Countdown problem")
     target_range: list[int] = option([1, 99], "smallest and largest target of a generated Countdown problem")
     # Rollouts
-    steps: CountOrNone = option(50, "rollouts to train on")
+    steps: CountOrNone = option(45, "rollouts to train on")
     questions_per_step: Count = option(16, "Q: questions in a step, over all processes")
     group_size: Annotated[int, (2, 2**20)] = option(16, "G: completions sampled for each question")
-    max_new_tokens: Count = option(220, "T: tokens of the longest completion; longer ones are cut off, and fail")
+    max_new_tokens: Count = option(256, "T: tokens of the longest completion; longer ones are cut off, and fail")
     temperature: Annotated[float, (0.001, 100)] = option(
         1.0, "softmax temperature that completions are sampled and scored at"
     )

@@ -17,7 +17,7 @@ that is left for reinforcement learning to find out.
     </think>
     <answer>(8 - 7) + 4</answer>
 
-No held-out problem appears in the corpus. About 15 minutes on 2 cores; the same seed gives the same model.
+No held-out problem appears in the corpus. 15 to 25 minutes on 2 cores.
 """
 
 import argparse
