@@ -39,6 +39,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 
+if __name__ == "__main__":
+    print("loading torch and transformers", flush=True)  # takes seconds, which should not pass in silence
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -50,9 +53,7 @@ from transformers.utils.logging import disable_progress_bar
 from prompts import UsageError, load_questions, render_prompt
 from rewards import countdown_reward, format_reward, gsm8k_reward
 
-HERE = Path(__file__).resolve().parent
 Progress = Callable[[str], None]  # told what is being done, so that the progress bar moves within a step
-STATE = "checkpoint/state.json"  # in a run's directory
 REWARDS = {"countdown": countdown_reward, "gsm8k": gsm8k_reward}
 
 
@@ -171,7 +172,7 @@ def saved_run(run_dir: str) -> tuple[dict, int]:
     try:
         saved = json.loads((Path(run_dir) / "config.json").read_text())
         options = {name: value for name, value in saved.items() if name not in ("eval_only", "wandb")}
-        return options | {"run_dir": run_dir}, json.loads((Path(run_dir) / STATE).read_text())["step"]
+        return options | {"run_dir": run_dir}, json.loads((Path(run_dir) / "checkpoint/state.json").read_text())["step"]
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # missing, or damaged
         raise UsageError(f"--resume {run_dir}: no run to go on with ({error}); try a folder in runs/") from error
 
@@ -198,7 +199,7 @@ def seeded(*key: object) -> torch.Generator:
 
 def check_model(model: str) -> str:
     """Path or hub name of the model. Raises UsageError before anything is loaded if a local folder lacks a part."""
-    folder = next((f for f in (Path(model), HERE / model) if f.is_dir()), None)
+    folder = next((f for f in (Path(model), Path(__file__).parent / model) if f.is_dir()), None)
     if folder is None:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).parent.is_dir():
             return model  # a hub name: owner/model
@@ -610,10 +611,9 @@ def load_checkpoint(run_dir: Path, policy, optimizer) -> int:
 
     No random state is needed: what is drawn in a step follows from the seed and the step.
     """
-    checkpoint = run_dir / "checkpoint"
-    policy.load_state_dict(load_policy(str(checkpoint))[0].state_dict())
-    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
-    return json.loads((run_dir / STATE).read_text())["step"]
+    policy.load_state_dict(load_policy(str(run_dir / "checkpoint"))[0].state_dict())
+    optimizer.load_state_dict(torch.load(run_dir / "checkpoint/optimizer.pt", weights_only=True, map_location="cpu"))
+    return json.loads((run_dir / "checkpoint/state.json").read_text())["step"]
 
 
 def cut_logs(run_dir: Path, step: int) -> None:
