@@ -1,7 +1,7 @@
 """R1-Zero in one file: a base model learns to reason from rule-based rewards alone, by GRPO (arXiv 2501.12948).
 
     The algorithm, each step                                      where
-    1. draw Q questions                                           prompts.load_questions
+    1. draw Q questions                                           question_at, in main
     2. sample G completions of each from the policy               generate
     3. reward each completion: is the answer right, the form kept score
     4. advantage = reward relative to its group        (eq. 3)    group_advantages
@@ -11,7 +11,7 @@
     7. now and then, measure on held-out questions                evaluate
 
     uv run R1ZeroTrain.py                     # a tiny policy learns Countdown in minutes, on any computer
-    uv run R1ZeroTrain.py --recipe gsm8k      # a real model on real questions; needs a GPU or a 64 GB Mac
+    uv run R1ZeroTrain.py --recipe gsm8k      # a real model on real questions; not run here yet
     uv run R1ZeroTrain.py --help              # every option, its meaning and default
 
 Shapes: Q questions a step, G completions a question, N = Q·G rows (question by question), P prompt tokens (padded
