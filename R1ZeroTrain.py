@@ -1,14 +1,13 @@
 """R1-Zero in one file: a base model learns to reason from rule-based rewards alone, by GRPO (arXiv 2501.12948).
 
-    The algorithm, each step                                      where
-    1. draw Q questions                                           question_at, in main
-    2. sample G completions of each from the policy               generate
-    3. reward each completion: is the answer right, the form kept score
-    4. advantage = reward relative to its group        (eq. 3)    group_advantages
-    5. clipped policy ratio times advantage, less
-       a k3 penalty for leaving the reference          (eq. 1, 2) grpo_loss
-    6. step the optimizer, mu times                               update
-    7. now and then, measure on held-out questions                evaluate
+    The algorithm, each step                                       where
+    1. draw Q questions                                            question_at, in main
+    2. sample G completions of each from the policy                generate
+    3. reward each completion: is the answer right, the form kept  score
+    4. advantage = reward relative to its group         (eq. 3)    group_advantages
+    5. clipped ratio times advantage, less a k3 penalty (eq. 1, 2) grpo_loss
+    6. step the optimizer, mu times                                update
+    7. now and then, measure on held-out questions                 evaluate
 
     uv run R1ZeroTrain.py                     # a tiny policy learns Countdown in minutes, on any computer
     uv run R1ZeroTrain.py --recipe gsm8k      # a real model on real questions; not run here yet
@@ -17,26 +16,28 @@
 Shapes: Q questions a step, G completions a question, N = Q·G rows (question by question), P prompt tokens (padded
 left), T completion tokens (padded right), V vocabulary. Prompt and completion of a row meet at column P.
 
-Where it departs from the paper: the advantage divides by std + 1e-4 (as TRL does), so that a group of equal rewards
-has advantage 0; the reference stays the first policy (the paper renews it every 400 steps); by default one update
-per rollout. `--loss` offers the token weightings of DAPO and Dr. GRPO beside the paper's.
+Where it departs from the paper: the advantage divides by std + 1e-4 (as TRL does); the reference stays the first
+policy (the paper renews it every 400 steps). `--loss` offers the weightings of DAPO and Dr. GRPO beside the paper's.
 """
 
 import copy
-import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
 import re
-import shutil
+import shlex
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
+from statistics import fmean
 from typing import Annotated, Literal, get_type_hints
 
 if __name__ == "__main__":
@@ -44,27 +45,26 @@ if __name__ == "__main__":
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation.streamers import TextStreamer
+from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from prompts import UsageError, load_questions, render_prompt
-from rewards import countdown_reward, format_reward, gsm8k_reward
-
-Progress = Callable[[str], None]  # told what is being done, so that the progress bar moves within a step
-REWARDS = {"countdown": countdown_reward, "gsm8k": gsm8k_reward}
-
+from prompts import TASKS, UsageError, ask_question, load_questions, render_prompt, uses_chat_template
+from rewards import evaluation, extract_answer, format_reward
 
 # ---- Config: every option, its default and its meaning, once --------------------------------------------------------
-
-
 # Types that say which values can work, from the first to the second; 2**20 stands for "as many as you like".
 Count = Annotated[int, (1, 2**20)]
 CountOrNone = Annotated[int, (0, 2**20)]
 Share = Annotated[float, (0, 1)]
 Weight = Annotated[float, (0, 100)]
+Positive = Annotated[float, (0.001, 1000)]
 
 
 def option(default: object, meaning: str) -> object:
@@ -75,23 +75,24 @@ def option(default: object, meaning: str) -> object:
 
 @dataclass
 class Config:
-    recipe: str = option("tiny", "a named set of defaults: tiny, tinyzero, gsm8k or mac; other options override it")
+    recipe: Literal["tiny", "tinyzero", "gsm8k", "mac", "deepscaler"] = option(
+        "tiny", "a named set of options, see below"
+    )
     # The policy and what it is asked
     model: str = option("notebooks/tiny-base", "policy to start from: a save_pretrained folder or a hub name")
-    task: Literal["countdown", "gsm8k"] = option("countdown", "what is asked, and which reward grades it")
-    template: Literal["auto", "base"] = option("auto", "auto: the model's chat template if it has one; base: never")
+    task: str = option("countdown", f"what is asked, and which reward grades it: {', '.join(TASKS)}")
+    template: Literal["auto", "base", "chat"] = option("auto", "auto: the model's chat template if it has one")
     dataset: str = option("", "hub dataset or local .jsonl .json .parquet .csv file; empty: the task's own")
+    eval_dataset: str = option("", "dataset that evaluations ask; empty: what --dataset holds out")
     operands: Annotated[int, (2, 5)] = option(3, "numbers in a generated Countdown problem")
     operand_range: list[int] = option([1, 9], "smallest and largest number of a generated Countdown problem")
     target_range: list[int] = option([1, 99], "smallest and largest target of a generated Countdown problem")
     # Rollouts
-    steps: CountOrNone = option(45, "rollouts to train on")
+    steps: CountOrNone = option(36, "rollouts to train on")
     questions_per_step: Count = option(16, "Q: questions in a step, over all processes")
     group_size: Annotated[int, (2, 2**20)] = option(16, "G: completions sampled for each question")
     max_new_tokens: Count = option(256, "T: tokens of the longest completion; longer ones are cut off, and fail")
-    temperature: Annotated[float, (0.001, 100)] = option(
-        1.0, "softmax temperature that completions are sampled and scored at"
-    )
+    temperature: Positive = option(1.0, "softmax temperature that completions are sampled and scored at")
     rollout_rows: Count = option(256, "completions sampled at once: bounds the KV cache")
     format_weight: Weight = option(0.1, "reward for a well-formed completion; a right answer earns 1")
     # The update
@@ -103,13 +104,14 @@ class Config:
     loss: Literal["grpo", "dapo", "dr_grpo"] = option("grpo", "how much a token weighs: see token_weights")
     advantage_scale: Literal["group", "none"] = option("group", "divide by the group's std (eq. 3), or by nothing")
     updates_per_rollout: Count = option(1, "mu of the paper: optimizer steps on one rollout")
-    max_grad_norm: Annotated[float, (0.001, 1000)] = option(1.0, "a longer gradient is scaled down to this norm")
+    max_grad_norm: Positive = option(1.0, "a longer gradient is scaled down to this norm")
     tokens_per_microbatch: Count = option(8192, "tokens in one forward pass: bounds memory, not the result")
     # Evaluation, files and machine
     eval_every: CountOrNone = option(0, "steps between evaluations; 0: only before and after")
     eval_questions: Count = option(512, "held-out questions in an evaluation")
     eval_samples: Count = option(1, "K: completions sampled for each held-out question")
     eval_only: bool = option(False, "evaluate the model, and stop")
+    ask: str = option("", "ask the model this one question, and stop; a Countdown as '44 19 35 = 98'")
     seed: Annotated[int, (0, 2**53)] = option(0, "all that is random follows from it")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, else MPS, else CPU")
     dtype: Literal["float32", "bfloat16"] = option("float32", "precision of the computing; weights stay float32")
@@ -119,19 +121,33 @@ class Config:
     wandb: bool = option(False, "log to Weights & Biases too: offline, unless WANDB_MODE says otherwise")
 
 
-LARGE_MODEL = {"lr": 1e-6, "lr_final": 1.0, "dtype": "bfloat16", "tokens_per_microbatch": 4096, "eval_every": 50}
-RECIPES: dict[str, dict] = {
-    "tiny": {},  # R1-Zero in miniature: the defaults above
-    "tinyzero": LARGE_MODEL  # github.com/Jiayi-Pan/TinyZero
-    | {"model": "Qwen/Qwen2.5-3B", "template": "base", "dataset": "Jiayi-Pan/Countdown-Tasks-3to4", "steps": 1000}
-    | {"questions_per_step": 64, "group_size": 8, "max_new_tokens": 1024, "eval_questions": 1024},
-    "gsm8k": LARGE_MODEL
-    | {"model": "Qwen/Qwen2.5-1.5B-Instruct", "task": "gsm8k", "steps": 500, "max_new_tokens": 512}
-    | {"questions_per_step": 8, "group_size": 8, "rollout_rows": 64, "eval_questions": 256},
-    "mac": LARGE_MODEL
-    | {"model": "Qwen/Qwen2.5-0.5B-Instruct", "task": "gsm8k", "steps": 300, "max_new_tokens": 300, "dtype": "float32"}
-    | {"questions_per_step": 4, "group_size": 8, "rollout_rows": 32, "tokens_per_microbatch": 1024}
-    | {"eval_questions": 128},
+LARGE_MODEL = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 4096 --eval_every 50"
+# What --help says of a recipe, and the options that it stands for. Computed memory: 20 bytes for each parameter (its
+# weight, gradient, two of Adam's, the reference's), the KV cache, and the logits of a micro-batch.
+RECIPES = {
+    "tiny": ("R1-Zero in miniature, nothing downloaded; 1.5 GB, measured", ""),
+    "tinyzero": (
+        "Qwen2.5-3B learns Countdown, as in TinyZero; about 70 GB, computed",
+        f"{LARGE_MODEL} --model Qwen/Qwen2.5-3B --template base --dataset Jiayi-Pan/Countdown-Tasks-3to4 --steps 1000 "
+        "--questions_per_step 64 --group_size 8 --max_new_tokens 1024 --rollout_rows 128 --eval_questions 1024",
+    ),
+    "gsm8k": (
+        "Qwen2.5-1.5B-Instruct on GSM8K; about 38 GB, computed",
+        f"{LARGE_MODEL} --model Qwen/Qwen2.5-1.5B-Instruct --task gsm8k --steps 500 --questions_per_step 8 "
+        "--group_size 8 --max_new_tokens 512 --rollout_rows 64 --eval_questions 256",
+    ),
+    "mac": (
+        "Qwen2.5-0.5B-Instruct on GSM8K, on a Mac; about 13 GB, computed",
+        f"{LARGE_MODEL} --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --steps 300 --questions_per_step 4 "
+        "--group_size 8 --max_new_tokens 300 --rollout_rows 32 --tokens_per_microbatch 1024 --dtype float32 "
+        "--eval_questions 128",
+    ),
+    "deepscaler": (
+        "DeepSeek-R1-Distill-Qwen-1.5B on competition maths; about 60 GB, computed",
+        f"{LARGE_MODEL} --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --task math --steps 1000 --temperature 0.6 "
+        "--questions_per_step 128 --group_size 8 --max_new_tokens 8192 --rollout_rows 64 "
+        "--tokens_per_microbatch 16384 --eval_dataset HuggingFaceH4/aime_2024 --eval_samples 16",
+    ),
 }
 
 
@@ -140,52 +156,49 @@ def parse_config(arguments: list[str]) -> Config:
 
     Raises UsageError naming the first option that can't work, its value, and a value that works.
     """
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], prog="R1ZeroTrain.py", allow_abbrev=False)
+    recipes = "\n".join(f"  {name:<11} {about}" for name, (about, _) in RECIPES.items())
+    texts = {"description": __doc__.split("\n")[0], "epilog": f"recipes, and the memory that they need:\n{recipes}"}
+    style = type("", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
+    parser = HfArgumentParser(Config, prog="R1ZeroTrain.py", formatter_class=style, allow_abbrev=False, **texts)
 
     def one_line(message: str) -> None:  # in place of argparse's usage text
         name = re.match(r"argument --(\w+)", message)
-        raise UsageError(f"{message.removeprefix('argument ')}; try {default(name[1]) if name else '--help'}")
-
-    def default(name: str) -> str:
-        value = parser.get_default(name)
-        return " ".join(map(str, value)) if isinstance(value, list) else str(value) or "--help"
+        works = " ".join(typed({name[1]: parser.get_default(name[1])})[1:]) if name else ""
+        raise UsageError(f"{message.removeprefix('argument ')}; try {works or '--help'}")
 
     parser.error = one_line
     first = parser.parse_args(arguments)
-    if first.recipe not in RECIPES:
-        raise UsageError(f"--recipe {first.recipe}: there is no such recipe; try {', '.join(RECIPES)}")
-    base, done = saved_run(first.resume) if first.resume else (RECIPES[first.recipe], 0)
-    for name, value in reversed(base.items()):  # as if typed in front, so that they are checked like the rest
-        arguments = [f"--{name}", *map(str, value if isinstance(value, list) else [value]), *arguments]
-    cfg = Config(**vars(parser.parse_args(arguments)))
+    base, done = RECIPES[first.recipe][1].split(), 0
+    if first.resume:
+        saved = read_checkpoint(first.resume)
+        run_dir = "" if first.eval_only else first.resume  # an evaluation has files of its own
+        of_this_call = {"run_dir": run_dir, "eval_only": False, "ask": "", "wandb": False}
+        base, done = typed(saved["config"] | of_this_call), saved["step"]
+    cfg = Config(**vars(parser.parse_args(base + arguments)))  # as if typed in front, so checked like the rest
     for name, kind in get_type_hints(Config, include_extras=True).items():
         for low, high in getattr(kind, "__metadata__", []):
             if not low <= getattr(cfg, name) <= high:
-                raise UsageError(f"--{name} {getattr(cfg, name)}: must be from {low} to {high}; try {default(name)}")
+                raise UsageError(
+                    f"--{name} {getattr(cfg, name)}: must be from {low} to {high}; try {getattr(Config, name)}"
+                )
     if done > cfg.steps:
         raise UsageError(f"--steps {cfg.steps}: {cfg.resume} has done {done} already; try {2 * done}")
     return cfg
 
 
-def saved_run(run_dir: str) -> tuple[dict, int]:
-    """The options that a run was started with, but for those of a single call, and the step of its checkpoint."""
-    try:
-        saved = json.loads((Path(run_dir) / "config.json").read_text())
-        options = {name: value for name, value in saved.items() if name not in ("eval_only", "wandb")}
-        return options | {"run_dir": run_dir}, json.loads((Path(run_dir) / "checkpoint/state.json").read_text())["step"]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # missing, or damaged
-        raise UsageError(f"--resume {run_dir}: no run to go on with ({error}); try a folder in runs/") from error
+def typed(options: dict) -> list[str]:
+    """Options as the words of a command line."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    return [word for name in values for word in (f"--{name}", *map(str, values[name]))]
 
 
 # ---- Device, randomness, policy -------------------------------------------------------------------------------------
-
-
 def make_accelerator(cfg: Config) -> Accelerator:
     """One process or many, on CUDA, else MPS, else CPU; lower precision is autocast's job, in `next_token_logits`."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if cfg.device not in ("auto", "cpu", best):
         raise UsageError(f"--device {cfg.device}: this machine has {best}; try {best}")
-    accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision="no")
+    accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision="no", log_with="wandb" if cfg.wandb else None)
     if cfg.questions_per_step % (n := accelerator.num_processes):
         raise UsageError(f"--questions_per_step {cfg.questions_per_step}: not a multiple of {n} processes; try {4 * n}")
     return accelerator
@@ -197,44 +210,59 @@ def seeded(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def check_model(model: str) -> str:
-    """Path or hub name of the model. Raises UsageError before anything is loaded if a local folder lacks a part."""
+@contextmanager
+def model_files(model: str) -> Iterator[dict]:
+    """from_pretrained's arguments for a folder or a hub name; whatever goes wrong with them becomes a UsageError."""
     folder = next((f for f in (Path(model), Path(__file__).parent / model) if f.is_dir()), None)
-    if folder is None:
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).parent.is_dir():
-            return model  # a hub name: owner/model
+    if folder is None and (Path(model).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
         raise UsageError(f"--model {model}: no such folder; try notebooks/tiny-base or a hub name like owner/model")
-    parts = {"config": ["config.json"], "weights": ["model.safetensors", "model.safetensors.index.json"]}
-    parts["tokenizer"] = ["tokenizer.json", "tokenizer.model", "vocab.json"]
-    for part, files in parts.items():
-        if not any((folder / file).exists() for file in files):
-            raise UsageError(f"--model {model}: the folder has no {part} ({files[0]}); try notebooks/tiny-base")
-    return str(folder)
-
-
-def load_policy(model: str, template: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32: at lr 1e-6 an update is smaller than half a bfloat16 step, and would be lost."""
-    name = check_model(model)
-    options = {"trust_remote_code": False, "local_files_only": Path(name).is_dir()}
+    parts = {"config": "config.json", "tokenizer": "[tv]o[ck]*", "weights": "model*.safetensors*"}  # vocab, or token…
+    for part, files in parts.items() if folder else ():
+        if not any(folder.glob(files)):
+            raise UsageError(f"--model {model}: the folder has no {part} ({files}); try notebooks/tiny-base")
     disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        policy, loaded = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-        )
+        yield {"pretrained_model_name_or_path": str(folder or model), "local_files_only": folder is not None}
     except Exception as error:  # of a damaged file each library raises its own kind; all are shown, and end the run
         reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"--model {model}: cannot be loaded ({reason}); try notebooks/tiny-base") from error
-    if loaded["missing_keys"]:  # transformers would go on with random weights in their place
-        raise UsageError(f"--model {model}: lacks the weights {sorted(loaded['missing_keys'])[:3]}; try another model")
-    if template == "base":
-        tokenizer.chat_template = None
-    return policy.eval(), tokenizer  # eval: dropout would make the ratio differ from 1 on the first update
+        works = "notebooks/tiny-base or another local folder, which need no hub"
+        raise UsageError(f"--model {model}: cannot be loaded ({reason}); try {works}") from error
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """What is known of a model before its weights are read. Raises UsageError for a family that can't be sampled."""
+    with model_files(model) as files:
+        config = AutoConfig.from_pretrained(**files)
+        family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if family is None or config.is_encoder_decoder or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+            raise ValueError(f"a {config.model_type} model does not write from left to right")
+        layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+        if family._is_stateful or layers - {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}:
+            raise ValueError(f"a {config.model_type} model keeps a state that can't be copied to a group of rows")
+        takes = inspect.signature(family.forward).parameters
+        if lacks := {"past_key_values", "position_ids", "logits_to_keep"} - takes.keys():
+            raise ValueError(f"a {config.model_type} model takes no {min(lacks)}")
+        tokenizer = AutoTokenizer.from_pretrained(**files)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks come from lengths: EOS counts
+        rope = getattr(config := config.get_text_config(), "rope_parameters", None) or {}
+        tokenizer.model_max_length = getattr(config, "max_position_embeddings", 2**20)
+        if rope.get("rope_type") == "longrope":  # past this, all positions are turned anew: the cache would be stale
+            tokenizer.model_max_length = rope["original_max_position_embeddings"]
+        return tokenizer
+
+
+def load_policy(model: str) -> PreTrainedModel:
+    """The model in float32: at lr 1e-6 an update is smaller than half a bfloat16 step, and would be lost."""
+    with model_files(model) as files:
+        policy, loaded = AutoModelForCausalLM.from_pretrained(
+            **files, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+        if loaded["missing_keys"]:  # transformers would go on with random weights in their place
+            raise ValueError(f"it lacks the weights {sorted(loaded['missing_keys'])[:3]}")
+    return policy.eval()  # eval: dropout would make the ratio differ from 1 on the first update
 
 
 # ---- Rollouts: sample G completions of each question ----------------------------------------------------------------
-
-
 @dataclass
 class Rollout:
     """N = Q·G sampled completions, the rows of one question side by side."""
@@ -268,42 +296,20 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def tokenize(tokenizer, tasks: list[dict], device: torch.device) -> tuple[list[str], Tensor, Tensor]:
-    """Prompts as text, and as ids and mask [Q, P], padded left so that every completion starts in one column."""
-    prompts = [render_prompt(tokenizer, task["question"]) for task in tasks]
-    # A chat template writes its own BOS; without one the tokenizer must add it.
-    rows = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)  # [Q, P]
-    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)  # [Q, P]
-    return prompts, ids, mask
-
-
-def eos_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Every id that ends a completion: chat models have several."""
-    ids = policy.generation_config.eos_token_id
-    return torch.tensor(sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}))
-
-
 def next_token_logits(model, ids: Tensor, mask: Tensor | None, keep: int, dtype: str, cache=None) -> Tensor:
     """Logits [rows, keep, V] of the last `keep` positions of ids [rows, new]; mask [rows, past + new] or None."""
     positions = None  # padding on the left takes no position
     if mask is not None:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        return model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=keep,  # the prompt's logits would be large, and nobody reads them
-        ).logits.float()
+        # logits_to_keep: those of the prompt would be large, and nobody reads them.
+        options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": keep}
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits.float()
 
 
 @torch.no_grad()
 def sample(
-    policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, cfg: Config, progress: Progress
+    policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, cfg: Config, progress: Callable
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One completion of the [q, P] prompts for each row of uniforms [n, T], n/q of each prompt.
 
@@ -315,7 +321,6 @@ def sample(
     logp_sampled = torch.zeros_like(uniforms)  # [n, T]
     lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)  # [n]
     truncated = torch.ones_like(lengths, dtype=torch.bool)  # [n]
-
     cache = DynamicCache(config=policy.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     padded = not prompt_mask.all()  # without a mask the attention kernels run faster
@@ -330,11 +335,12 @@ def sample(
         # Inverse CDF: the first token whose cumulated probability exceeds u, scaled to what float32 sums up to.
         token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
         token = token.clamp(max=cdf.shape[1] - 1)  # [rows, 1]
-        ids[rows, t] = token[:, 0]
+        ids[rows, t] = token[:, 0] * alive  # a row that has finished goes on until it leaves the batch
         logp_sampled[rows, t] = logp.gather(1, token)[:, 0]
         lengths[rows] += alive
         alive &= ~torch.isin(token[:, 0], eos)
         truncated[rows] = alive
+        progress(f"token {t + 1}", ids[:, : t + 1])
         if t + 1 == cfg.max_new_tokens or not alive.any():
             break
         if alive.sum() <= 0.8 * len(alive):  # finished rows leave; not at each end, as it copies the cache
@@ -343,33 +349,34 @@ def sample(
             rows, token, mask, alive = rows[keep], token[keep], mask[keep], alive[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits = next_token_logits(policy, token, mask if padded else None, 1, cfg.dtype, cache)
-        if t % 16 == 0:
-            progress(f"token {t}")
     return ids, logp_sampled, lengths, truncated
 
 
 def generate(
-    policy, tokenizer, tasks: list[dict], group_size: int, cfg: Config, stream: str, progress: Progress
+    policy, tokenizer, tasks: list[dict], group_size: int, cfg: Config, stream: str, progress: Callable
 ) -> Rollout:
     """Samples `group_size` completions of each task: softmax at cfg.temperature, no top-p or top-k.
 
     What is random in a task's completions depends on (cfg.seed, stream, the task's index) alone.
     """
     device = next(policy.parameters()).device
-    prompts, prompt_ids, prompt_mask = tokenize(tokenizer, tasks, device)
-    room = getattr(policy.config, "max_position_embeddings", math.inf) - prompt_ids.shape[1]
+    prompts = [render_prompt(tokenizer, task["question"], cfg.template) for task in tasks]
+    # Padded left, so that every completion starts in one column. A chat template writes its own BOS.
+    bos = not uses_chat_template(tokenizer, cfg.template)
+    padded = tokenizer(prompts, add_special_tokens=bos, padding=True, padding_side="left", return_tensors="pt")
+    prompt_ids, prompt_mask = padded["input_ids"].to(device), padded["attention_mask"].to(device).bool()  # [Q, P]
+    room = tokenizer.model_max_length - prompt_ids.shape[1]
     if cfg.max_new_tokens > room:
         raise UsageError(f"--max_new_tokens {cfg.max_new_tokens}: the prompts leave room for {room}; try {room}")
-    eos = eos_ids(policy, tokenizer).to(device)
+    ends = policy.generation_config.eos_token_id  # chat models have several
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    eos = torch.tensor(sorted(ends), device=device)
     parts = []
     for chunk in torch.arange(len(tasks)).split(max(1, cfg.rollout_rows // group_size)):
         draws = [seeded(cfg.seed, stream, tasks[q]["index"]) for q in chunk.tolist()]
         uniforms = torch.cat([torch.rand(group_size, cfg.max_new_tokens, generator=draw) for draw in draws])
         parts.append(sample(policy, prompt_ids[chunk], prompt_mask[chunk], uniforms.to(device), eos, cfg, progress))
     ids, logp_sampled, lengths, truncated = (torch.cat(part) for part in zip(*parts, strict=True))
-
-    past_end = torch.arange(cfg.max_new_tokens, device=device) >= lengths[:, None]
-    ids = ids.masked_fill(past_end, 0)  # a row that had finished went on sampling until it left the batch
     # Only the EOS that ended a completion is left out of its text: special tokens elsewhere are what it wrote.
     bodies = [row[:length] for row, length in zip(ids.tolist(), (lengths - (~truncated).long()).tolist(), strict=True)]
     bodies = tokenizer.batch_decode(bodies, skip_special_tokens=False)
@@ -379,22 +386,20 @@ def generate(
     return Rollout(prompt_ids, prompt_mask, ids, lengths, logp_sampled, truncated, prompts, text)
 
 
-def score(rollout: Rollout, tasks: list[dict], cfg: Config) -> dict[str, Tensor]:
-    """What each completion is worth, and what else is worth knowing of it: tensors [Q, G] named as in the log."""
+def score(rollout: Rollout, tasks: list[dict], cfg: Config) -> list[dict]:
+    """N samples: each completion with its question, what it is worth, and what else is worth knowing of it."""
     group_size = len(rollout.text) // len(tasks)
-    answers = [task["answer"] for task in tasks for _ in range(group_size)]
-    scores = {
-        "accuracy": [REWARDS[cfg.task](text, **answer) for text, answer in zip(rollout.text, answers, strict=True)],
-        "format": [format_reward(text) for text in rollout.text],
-        "length": rollout.lengths.tolist(),
-        "truncated": rollout.truncated.tolist(),
-    }
-    return {name: torch.tensor(values, dtype=torch.float32).view(-1, group_size) for name, values in scores.items()}
+    samples = []
+    for i, text in enumerate(rollout.text):
+        task, prompt = tasks[i // group_size], rollout.prompts[i // group_size]
+        accuracy, well_formed = TASKS[cfg.task].reward(text, **task["answer"]), format_reward(text)
+        sample = {"question": task["question"], "prompt": prompt, "text": text, "accuracy": accuracy}
+        sample |= {"format": well_formed, "reward": accuracy + cfg.format_weight * well_formed}
+        samples.append(sample | {"length": int(rollout.lengths[i]), "truncated": bool(rollout.truncated[i])})
+    return samples
 
 
 # ---- The objective: equations 1 to 3 --------------------------------------------------------------------------------
-
-
 def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, entropy, mask), each [n, T], of the rows' completions under the policy, at the temperature they were
     sampled with: the distribution that is scored is the one that was sampled. T and P are the rows' own widest."""
@@ -474,8 +479,6 @@ def grpo_loss(
 
 
 # ---- Update and evaluation ------------------------------------------------------------------------------------------
-
-
 def microbatches(rollout: Rollout, tokens: int) -> list[Tensor]:
     """Row numbers of each micro-batch: rows of like length together, at most `tokens` tokens (or one row) in each."""
     batches, width = [], 0
@@ -502,7 +505,9 @@ def update(
     logp_ref: list[Tensor | None] = [None] * len(batches)
     if reference is not None:  # before the policy's passes, whose graphs would take up memory meanwhile
         with torch.no_grad():
-            logp_ref = [token_logprobs(reference, rollout, rows, cfg)[0] for rows in batches]
+            for i, rows in enumerate(batches):
+                logp_ref[i] = token_logprobs(reference, rollout, rows, cfg)[0]
+                progress(f"reference {i + 1} of {len(batches)}", None)
     logp_old: list[Tensor] = []
     sums = {name: torch.zeros((), device=lengths.device) for name in ("kl", "entropy", "logp_gap", "clip_fraction")}
     grad_norm, lr = torch.zeros(()), cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
@@ -530,36 +535,40 @@ def update(
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-        progress(f"update {i + 1} of {len(batches)}")
+        progress(f"update {i + 1} of {len(batches)}", None)
     totals = accelerator.reduce(torch.stack(list(sums.values())), "sum") / lengths.sum()
     metrics = dict(zip(sums, totals.tolist(), strict=True)) | {"grad_norm": float(grad_norm), "lr": lr}
     return metrics if reference is not None else metrics | {"kl": None}  # not 0: it was not measured
 
 
-def means(scores: dict[str, Tensor], accelerator) -> dict[str, float]:
-    """Mean of each score over the completions of all processes: sums over a count, never means of means."""
-    ones = torch.ones_like(scores["accuracy"])
-    sums = torch.stack([score.sum() for score in (*scores.values(), ones)]).to(accelerator.device)
-    *sums, count = accelerator.reduce(sums, "sum").tolist()
-    return {name: total / count for name, total in zip(scores, sums, strict=True)}
-
-
-def evaluate(policy, tokenizer, held_out: list[dict], cfg: Config, accelerator, progress) -> tuple[dict, list[dict]]:
-    """`eval_samples` completions of each held-out question: the eval_* metrics, and one completion to look at.
+def evaluate(policy, tokenizer, held_out: list[dict], cfg: Config, accelerator, progress) -> tuple[dict, list]:
+    """K = `eval_samples` completions of each held-out question: the eval_* metrics, and a few samples to look at.
 
     Every evaluation has the same questions and the same uniforms, so that two of them differ by the weights alone.
     """
     tasks = [task | {"index": i} for i, task in enumerate(held_out)]
     share = tasks[accelerator.process_index :: accelerator.num_processes]
-    rollout = generate(policy, tokenizer, share, cfg.eval_samples, cfg, "eval", lambda phase: progress(f"eval {phase}"))
-    scores = score(rollout, share, cfg)
-    metrics = {f"eval_{name}": mean for name, mean in means(scores, accelerator).items()}
-    return {"eval_pass@1": metrics.pop("eval_accuracy")} | metrics, records(rollout, share, scores, 1)
+    k = cfg.eval_samples
+    rollout = generate(policy, tokenizer, share, k, cfg, "eval", lambda phase, ids: progress(f"eval {phase}", ids))
+    samples = gather_object(score(rollout, share, cfg))
+    metrics = evaluation([samples[i : i + k] for i in range(0, len(samples), k)])
+    return {f"eval_{name}": value for name, value in metrics.items()}, samples[: 16 * k : k]
+
+
+def ask(policy, tokenizer, cfg: Config) -> None:
+    """Prints a completion of the user's own question while it is sampled, then its answer, and whether it is right."""
+    task = ask_question(cfg.task, cfg.ask) | {"index": 0}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    print("<think>", end="", flush=True)  # which the prompt has opened
+    streamer.on_finalized_text = lambda text, stream_end=False: print(printable(text), end="", flush=True)
+    rollout = generate(policy, tokenizer, [task], 1, cfg, "ask", lambda _, ids: streamer.put(ids[0, -1:]))
+    streamer.end()
+    print("\n\nanswer:", printable(extract_answer(rollout.text[0]) or "none"))
+    if task["answer"] is not None:
+        print("right" if score(rollout, [task], cfg)[0]["accuracy"] else "wrong")
 
 
 # ---- Files: checkpoint, log, report ---------------------------------------------------------------------------------
-
-
 def open_run_dir(cfg: Config) -> Path:
     """Makes the run's directory. Raises UsageError if it can't be written to, or holds a run that is not resumed."""
     run_dir = Path(cfg.run_dir or f"runs/{cfg.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -567,7 +576,7 @@ def open_run_dir(cfg: Config) -> Path:
         raise UsageError(f"--run_dir {run_dir}: it holds a run already; try another one, or --resume {run_dir}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+        (run_dir / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
     except OSError as error:
         raise UsageError(f"--run_dir {run_dir}: cannot be written ({error.strerror}); try runs/mine") from error
     return run_dir
@@ -578,42 +587,25 @@ def append(path: Path, lines: list[dict]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def records(rollout: Rollout, tasks: list[dict], scores: dict[str, Tensor], count: int) -> list[dict]:
-    """The first `count` completions as lines for completions.jsonl."""
-    group_size = len(rollout.text) // len(tasks)
-    return [
-        {"question": tasks[i // group_size]["question"], "prompt": rollout.prompts[i // group_size], "text": text}
-        | {name: values.flatten()[i].item() for name, values in scores.items()}
-        for i, text in enumerate(rollout.text[:count])
-    ]
-
-
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def save_checkpoint(run_dir: Path, step: int, policy, tokenizer, optimizer) -> None:
-    """The state after `step` updates, written beside the last one, which it then replaces."""
-    new, old = run_dir / "checkpoint.new", run_dir / "checkpoint"
-    shutil.rmtree(new, ignore_errors=True)
-    policy.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    torch.save(optimizer.state_dict(), new / "optimizer.pt")
-    (new / "state.json").write_text(json.dumps({"step": step}))
-    if old.exists():
-        old.rename(run_dir / "checkpoint.old")
-    new.rename(old)
-    shutil.rmtree(run_dir / "checkpoint.old", ignore_errors=True)
+def save_checkpoint(run_dir: Path, step: int, policy, optimizer, cfg: Config) -> None:
+    """The state after `step` updates, put in the place of the last one when it is whole: there always is one."""
+    new = run_dir / "checkpoint/new.pt"
+    new.parent.mkdir(exist_ok=True)
+    state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | {"step": step, "config": vars(cfg)}, new)
+    new.replace(run_dir / "checkpoint/state.pt")
 
 
-def load_checkpoint(run_dir: Path, policy, optimizer) -> int:
-    """Puts the last checkpoint into policy and optimizer, and returns its step.
-
-    No random state is needed: what is drawn in a step follows from the seed and the step.
-    """
-    policy.load_state_dict(load_policy(str(run_dir / "checkpoint"))[0].state_dict())
-    optimizer.load_state_dict(torch.load(run_dir / "checkpoint/optimizer.pt", weights_only=True, map_location="cpu"))
-    return json.loads((run_dir / "checkpoint/state.json").read_text())["step"]
+def read_checkpoint(run_dir: str) -> dict:
+    """What save_checkpoint wrote. It needs no random state: what a step draws follows from the seed and the step."""
+    try:
+        return torch.load(Path(run_dir) / "checkpoint/state.pt", weights_only=True, map_location="cpu", mmap=True)
+    except (OSError, RuntimeError, UnpicklingError) as error:  # missing, or damaged
+        raise UsageError(f"--resume {run_dir}: no run to go on with ({error}); try a folder in runs/") from error
 
 
 def cut_logs(run_dir: Path, step: int) -> None:
@@ -630,107 +622,115 @@ def printable(text: str) -> str:
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
-    """Bars from the smallest value to the largest, neighbours averaged where there are more than `width`."""
-    width = min(width, len(values))
-    cuts = [i * len(values) // width for i in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
-    low, high = min(means), max(means)
-    return "".join("▁▂▃▄▅▆▇█"[int(7.99 * (mean - low) / ((high - low) or 1))] for mean in means)
+    """Bars from the smallest value to the largest; of more than `width` values, every second, third or further one."""
+    values = values[:: math.ceil(len(values) / width)]
+    low, span = min(values), (max(values) - min(values)) or 1
+    return "".join("▁▂▃▄▅▆▇█"[int(7.99 * (value - low) / span)] for value in values)
 
 
-def print_table(columns: dict[str, dict]) -> None:
-    """The eval_* metrics of each column's evaluation, side by side."""
-    print(f"\n{'held-out questions':<26}" + "".join(f"{name:>10}" for name in columns))
-    for key in [key for key in next(iter(columns.values())) if key.startswith("eval_")]:
-        print(f"{key.removeprefix('eval_'):<26}" + "".join(f"{column[key]:>10.3f}" for column in columns.values()))
+def table(columns: dict[str, dict]) -> str:
+    """The eval_* metrics of each column's evaluation side by side, with their 95% intervals."""
+    rows = [f"{'held-out questions':<20}" + "".join(f"{name:>28}" for name in columns)]
+    shared = [name for name in list(columns.values())[-1] if all(f"{name}_interval" in c for c in columns.values())]
+    for name in shared:
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(c[name], *c[f"{name}_interval"]) for c in columns.values()]
+        rows.append(f"{name.removeprefix('eval_'):<20}" + "".join(f"{cell:>28}" for cell in cells))
+    return "\n".join(rows)
 
 
-def report(run_dir: Path) -> None:
-    """Prints what a run has achieved: before and after, the way there, a completion of each."""
+def report(run_dir: Path, cfg: Config) -> None:
+    """Prints what a run has achieved: before and after, the way there, a completion of each. Writes the model card."""
     lines = read(run_dir / "metrics.jsonl")
-    print_table({"before": lines[0], "after": lines[-1]})
+    results = table({"before": lines[0], "after": lines[-1]})
+    command = shlex.join(typed({k: v for k, v in vars(cfg).items() if v != getattr(Config(), k)}))
+    card = f"---\nbase_model: {cfg.model}\n---\n\n`{cfg.model}` after {cfg.steps} steps of GRPO on {cfg.task}, "
+    card += f"{cfg.dataset or 'default data'}:\n\n    uv run R1ZeroTrain.py {command}\n\n```\n{results}\n```\n"
+    (run_dir / "model/README.md").write_text(card)
+    print(f"\n{results}")
     for name in ("accuracy", "length"):
         values = [line[name] for line in lines]
         print(f"\n{name} in training, from {values[0]:.2f} to {values[-1]:.2f}\n{sparkline(values)}")
     shown = [record for record in read(run_dir / "completions.jsonl") if "advantage" not in record]  # held out
-    for when, record in {"before": shown[0], "after": shown[-1]}.items():
-        verdict = "right" if record["accuracy"] else "wrong"
-        opening = record["prompt"].rpartition("<think>")[0]  # the text begins with it again
-        print(f"\n{when} training, {verdict}:\n{printable(opening + record['text'])}")
-    print(f"\nTo go on: uv run R1ZeroTrain.py --resume {run_dir} --steps {2 * lines[-1]['step']}")
-
-
-def start_wandb(cfg: Config, run_dir: Path) -> object:
-    import wandb  # here, as most runs do without it
-
-    mode = os.environ.get("WANDB_MODE", "offline")  # nothing is uploaded unless the user says so
-    return wandb.init(project="r1-zero", dir=run_dir, config=dataclasses.asdict(cfg), mode=mode)
+    before, after = ([record for record in shown if record["step"] == lines[i]["step"]] for i in (0, -1))
+    pair = max(zip(before, after, strict=False), key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
+    for when, record in zip(("before", "after"), pair, strict=True):
+        text = record["prompt"].rpartition("<think>")[0] + record["text"]  # which begins with <think>
+        print(f"\n{when} training, {'right' if record['accuracy'] else 'wrong'}:\n{printable(text)}")
+    print(f"\nTo ask it: uv run R1ZeroTrain.py --model {run_dir}/model --ask '8 7 4 = 36'")
+    print(f"To go on: uv run R1ZeroTrain.py --resume {run_dir} --steps {2 * lines[-1]['step']}")
 
 
 # ---- Main: Algorithm 1 ----------------------------------------------------------------------------------------------
-
-
 def main(cfg: Config) -> None:
     accelerator = make_accelerator(cfg)
     is_main, q = accelerator.is_main_process, cfg.questions_per_step
-    check_model(cfg.model)  # before the questions, which may take a download
-    question_at, held_out = load_questions(
-        cfg.task, cfg.dataset, cfg.seed, cfg.eval_questions, cfg.operands, cfg.operand_range, cfg.target_range
-    )
-    run_dir = open_run_dir(cfg)
-    accelerator.print(f"{cfg.task} with {cfg.model} on {accelerator.device}; all files go to {run_dir}/", flush=True)
-    policy, tokenizer = load_policy(cfg.model, cfg.template)
+    tokenizer = load_tokenizer(cfg.model)
+    if not cfg.ask:
+        question_at, held_out = load_questions(tokenizer=tokenizer, **vars(cfg))
+        run_dir = open_run_dir(cfg)
+        accelerator.print(f"{cfg.task} with {cfg.model} on {accelerator.device}; files go to {run_dir}/", flush=True)
+    policy = load_policy(cfg.model)
     reference = copy.deepcopy(policy).requires_grad_(False).to(accelerator.device) if cfg.kl_beta > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    start = load_checkpoint(run_dir, policy, optimizer) if cfg.resume else 0
+    start = 0
+    if cfg.resume:
+        saved = read_checkpoint(cfg.resume)
+        policy.load_state_dict(saved["policy"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
     policy, optimizer = accelerator.prepare(policy, optimizer)
     sampler = accelerator.unwrap_model(policy)
-    tracker = start_wandb(cfg, run_dir) if cfg.wandb and is_main else None
-    bar = tqdm(total=cfg.steps, initial=start, unit="step", dynamic_ncols=True, disable=not is_main)
+    if cfg.ask:
+        return ask(sampler, tokenizer, cfg)
+    offline = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}  # no upload unless the user says so
+    accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": offline})  # nothing, without --wandb
+    options = {"dynamic_ncols": True, "miniters": 0, "mininterval": 0.5, "smoothing": 0}
+    bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=not is_main, **options)
+
+    def show(phase: str, _: Tensor | None = None) -> None:
+        bar.set_description(phase, refresh=False)
+        bar.update(0)  # redraws it, at most twice a second
 
     if cfg.eval_only:
-        evaluation, _ = evaluate(sampler, tokenizer, held_out, cfg, accelerator, bar.set_description)
+        evaluated, _ = evaluate(sampler, tokenizer, held_out, cfg, accelerator, show)
         bar.close()
-        if is_main and not cfg.resume:  # a resumed run has this line, or will have it
-            append(run_dir / "metrics.jsonl", [{"step": start} | evaluation])
-        return print_table({"now": evaluation})
+        if is_main:
+            append(run_dir / "metrics.jsonl", [{"step": start} | evaluated])
+        return accelerator.print(f"\n{table({'now': evaluated})}")
     if cfg.resume and is_main:
         cut_logs(run_dir, start)
-
     for step in range(start, cfg.steps + 1):  # a line of the log describes the policy after `step` updates
-        evaluation, samples = {}, []
+        evaluated, shown = {}, []
         if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
-            evaluation, samples = evaluate(sampler, tokenizer, held_out, cfg, accelerator, bar.set_description)
+            evaluated, shown = evaluate(sampler, tokenizer, held_out, cfg, accelerator, show)
         began = time.perf_counter()
         mine = range(step * q + accelerator.process_index, (step + 1) * q, accelerator.num_processes)
         tasks = [question_at(i) | {"index": i} for i in mine]  # Q questions, shared out among the processes
-        rollout = generate(sampler, tokenizer, tasks, cfg.group_size, cfg, "train", bar.set_description)
+        rollout = generate(sampler, tokenizer, tasks, cfg.group_size, cfg, "train", show)
         speed = int(rollout.lengths.sum()) / (time.perf_counter() - began)
-        scores = score(rollout, tasks, cfg)
-        scores["reward"] = scores["accuracy"] + cfg.format_weight * scores["format"]  # [Q, G]
-        advantages = group_advantages(scores["reward"], cfg.advantage_scale).to(accelerator.device)  # [N]
-        metrics = update(policy, reference, optimizer, step, rollout, advantages, cfg, accelerator, bar.set_description)
-
-        line = {"step": step} | means(scores, accelerator) | metrics | {"completion_tokens_per_second": speed}
-        line |= {"seconds": time.perf_counter() - began} | evaluation
-        samples += records(rollout, tasks, scores | {"advantage": advantages}, 4)
+        samples = score(rollout, tasks, cfg)
+        rewards = torch.tensor([sample["reward"] for sample in samples], device=accelerator.device)
+        advantages = group_advantages(rewards.view(-1, cfg.group_size), cfg.advantage_scale)  # [N]
+        metrics = update(policy, reference, optimizer, step, rollout, advantages, cfg, accelerator, show)
+        everywhere, numbers = gather_object(samples), [k for k, v in samples[0].items() if not isinstance(v, str)]
+        line = {"step": step} | {name: fmean(sample[name] for sample in everywhere) for name in numbers}
+        line |= metrics | {"completion_tokens_per_second": speed, "seconds": time.perf_counter() - began} | evaluated
+        shown += [s | {"advantage": a} for s, a in zip(samples[:4], advantages.tolist(), strict=False)]
         if is_main:
             append(run_dir / "metrics.jsonl", [line])
-            append(run_dir / "completions.jsonl", [{"step": step} | sample for sample in samples])
-        if tracker:
-            tracker.log(line, step=step)
+            append(run_dir / "completions.jsonl", [{"step": step} | sample for sample in shown])
+        accelerator.log(line, step)
         bar.set_postfix({name: f"{line[name]:.3g}" for name in ("reward", "length", "kl") if line[name] is not None})
         bar.update(step < cfg.steps)
-        save = step + 1 == cfg.steps or (step < cfg.steps and cfg.save_every and (step + 1) % cfg.save_every == 0)
-        if save and is_main:
-            save_checkpoint(run_dir, step + 1, sampler, tokenizer, optimizer)
+        done = step + 1
+        if is_main and (done == cfg.steps or (done < cfg.steps and cfg.save_every and done % cfg.save_every == 0)):
+            save_checkpoint(run_dir, done, sampler, optimizer, cfg)
     bar.close()
-    if tracker:
-        tracker.finish()
+    accelerator.end_training()
     if is_main:
         sampler.save_pretrained(run_dir / "model")
         tokenizer.save_pretrained(run_dir / "model")
-        report(run_dir)
+        report(run_dir, cfg)
 
 
 def run(arguments: list[str]) -> int:

@@ -1,20 +1,33 @@
-"""Questions for the policy: the prompt templates, the Countdown generator and the dataset loaders.
+"""Questions for the policy: the prompt templates, the Countdown generator, the datasets, and `TASKS`, which ties each
+kind of question to the reward that grades it.
 
 A question is a plain dict, `{"question": text, "answer": keyword arguments of the task's reward}`: for Countdown
-`{"numbers": [44, 19, 35], "target": 98}`, for GSM8K `{"gold": "18"}`. `load_questions` is the way in for training.
+`{"numbers": [44, 19, 35], "target": 98}`, for GSM8K `{"gold": "18"}`. `load_questions` is the way in for training. To
+train on a task of your own, put it into TASKS in a file of your own, and call R1ZeroTrain.run there:
+
+    def double(rng):
+        number = rng.randrange(10_000)
+        return {"question": f"Twice {number}? Answer in <answer> </answer>.", "answer": {"gold": str(2 * number)}}
+
+    prompts.TASKS["double"] = prompts.Task(rewards.gsm8k_reward, generate=double)
+    sys.exit(R1ZeroTrain.run(sys.argv[1:]))  # then: python mine.py --task double
 """
 
 import hashlib
 import json
+import logging
 import random
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
 from jinja2 import TemplateError
+
+from rewards import MAX_ANSWER_CHARS, countdown_reward, gsm8k_reward, math_reward, math_verify_missing
 
 
 class UsageError(ValueError):
@@ -43,21 +56,44 @@ SHOW_WORK = (
 )
 
 
-def render_prompt(tokenizer, question: str) -> str:
-    """The whole prompt for a question, by the tokenizer's own chat template if it has one, else by BASE_TEMPLATE.
+def uses_chat_template(tokenizer, template: str = "auto") -> bool:
+    """Whether prompts are written by the tokenizer's chat template (which then also writes the BOS token, if any).
 
-    It ends in exactly one open `<think>`: some chat templates (DeepSeek's distilled models) open the thinking
-    themselves, with or without a line break after it, and then nothing is added.
+    `template` "auto" takes it if there is one, "base" never, "chat" always: UsageError where there is none.
     """
-    if not tokenizer.chat_template:
+    if template == "chat" and not tokenizer.chat_template:
+        raise UsageError("--template chat: this model's tokenizer has no chat template; try --template base")
+    return template != "base" and bool(tokenizer.chat_template)
+
+
+def render_prompt(tokenizer, question: str, template: str = "auto") -> str:
+    """The whole prompt for a question, by the tokenizer's chat template or BASE_TEMPLATE: see uses_chat_template.
+
+    It ends in exactly one open `<think>`, perhaps with white space behind: some chat templates (DeepSeek's distilled
+    models) open the thinking themselves, and then nothing is added.
+    """
+    if not uses_chat_template(tokenizer, template):
         return BASE_TEMPLATE.format(question=question)
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
-    try:
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:  # Gemma's templates refuse a system message
-        messages = [{"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{question}"}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return prompt if prompt.rstrip().endswith("<think>") else prompt + "<think>"
+    prompt = _chat_prompt(tokenizer, question)
+    # What the template writes behind any question. The prompt's own end would not do: a question may mention <think>.
+    tail = _chat_prompt(tokenizer, "7").rpartition("7")[2]
+    if tail.rstrip().endswith("<think>"):
+        return prompt
+    empty = re.search(r"<think>\s*</think>\s*\Z", tail)  # some switch the thinking off by closing it at once
+    return prompt.removesuffix(empty[0] if empty else "") + "<think>"
+
+
+def _chat_prompt(tokenizer, question: str) -> str:
+    system, user = {"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}
+    merged = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{question}"}
+    for messages in ([system, user], [merged]):  # Gemma's and Mistral's first templates refuse a system message
+        try:  # templates that can switch the thinking off (Qwen3's) are told not to; the others ignore it
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+            )
+        except TemplateError as error:
+            reason = " ".join(str(error).split())[:200]
+    raise UsageError(f"--template chat: the model's chat template refuses a question ({reason}); try --template base")
 
 
 def countdown_question(numbers: list[int], target: int) -> str:
@@ -85,7 +121,11 @@ HELD_OUT_ONE_IN = 4
 
 def is_held_out(numbers: list[int], target: int) -> bool:
     """Whether a problem is for evaluation only, whatever the order of its numbers; the same on every machine."""
-    return _hash_holds_out(f"{sorted(numbers)} {target}")
+    return _hash_holds_out(countdown_key(numbers, target))
+
+
+def countdown_key(numbers: list[int], target: int) -> str:
+    return f"{sorted(numbers)} {target}"
 
 
 def _hash_holds_out(key: str) -> bool:
@@ -154,22 +194,16 @@ def countdown_problem(
     )
 
 
-def _generated(seed: int, eval_questions: int, draw: Callable) -> tuple[Callable[[int], dict], list[dict]]:
-    """`load_questions` for problems made on the spot; `draw(rng, held_out)` is a countdown_problem with its options."""
-    rng = random.Random(HELD_OUT_RNG)
-    found, repeats = {}, 0
-    while len(found) < eval_questions and repeats < TRIES:
-        numbers, target = draw(rng, held_out=True)
-        key = (*sorted(numbers), target)
-        repeats = repeats + 1 if key in found else 0
-        found.setdefault(key, _countdown(numbers, target))
-    if len(found) < eval_questions:
-        raise UsageError(
-            f"--eval_questions {eval_questions}: there are only {len(found)} held-out problems to be found "
-            f"with these ranges; try {len(found)}"
-        )
-    draw(random.Random(seed), held_out=False)  # raises here, not in the middle of training
-    return lambda i: _countdown(*draw(random.Random(f"{seed}/{i}"), held_out=False)), list(found.values())
+def generate_countdown(
+    rng: random.Random,
+    held_out: bool,
+    operands: int = 3,
+    operand_range: tuple[int, int] = (1, 9),
+    target_range: tuple[int, int] = (1, 99),
+) -> dict:
+    """A `countdown_problem` as a question. Raises UsageError for options that cannot work."""
+    _check_ranges(operands, operand_range, target_range)
+    return _countdown(*countdown_problem(rng, held_out, operands, operand_range, target_range))
 
 
 def _check_ranges(operands: int, operand_range: tuple[int, int], target_range: tuple[int, int]) -> None:
@@ -185,7 +219,7 @@ def _pair(bounds: tuple[int, ...]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Datasets: a reader makes a question of a row, or None of a row that has no answer which the reward could grade
+# Rows of a dataset: a reader makes a question of one, or None if it has no answer which the reward could grade
 
 
 def read_countdown(row: dict) -> dict | None:
@@ -218,145 +252,392 @@ GOLD = re.compile(r"-?\$?([0-9]{1,3}(,[0-9]{3})+|[0-9]+)(\.[0-9]*)?%?")  # 18, 1
 
 def read_gsm8k(row: dict) -> dict | None:
     """A row of openai/gsm8k, whose answer text ends in `#### 18`; in a file of one's own it may be just the number."""
-    question, gold = str(row["question"] or "").strip(), str(row["answer"]).rpartition("####")[2].strip()
+    question, gold = _text(row["question"]), _text(row["answer"]).rpartition("####")[2].strip()
     if not question or len(gold) > 40 or not GOLD.fullmatch(gold):
         return None
-    return {"question": f"{question} {SHOW_WORK.format(example='42')}", "answer": {"gold": gold}}
+    return ask_for_work(question) | {"answer": {"gold": gold}}
 
 
-# What a task needs: the dataset it uses when none is named ("" makes its questions on the spot), the columns read, the
-# reader, and, for a dataset with a single split, which rows are held out.
-TASKS = {
-    "countdown": {
-        "dataset": "",
-        "columns": ["target", "nums"],
-        "read": read_countdown,
-        "held_out": lambda row: is_held_out(**read_countdown(row)["answer"]),
-    },
-    "gsm8k": {
-        "dataset": "openai/gsm8k",
-        "columns": ["question", "answer"],
-        "read": read_gsm8k,
-        "held_out": lambda row: _hash_holds_out(str(row["question"]).strip()),
-    },
+def read_math(row: dict) -> dict | None:
+    """A row with `problem` and `answer`, LaTeX or a number (agentica-org/DeepScaleR-Preview-Dataset, HuggingFaceH4's
+    aime_2024 and MATH-500), or with `problem` and a `solution` whose last \\boxed{} holds the answer (MATH itself)."""
+    question = _text(row["problem"])
+    if "answer" in row:
+        answer = _text(row["answer"])
+        gold = _boxed(answer) or answer
+    else:
+        gold = _boxed(_text(row["solution"]))
+    if not question or not gold or len(gold) > MAX_ANSWER_CHARS:
+        return None
+    return ask_for_work(question) | {"answer": {"gold": gold}}
+
+
+def _text(value: object) -> str:
+    """The text of a cell; "" for one that is missing or holds something else. CSV makes NaN of a missing number."""
+    usable = isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
+    return str(value).strip() if usable else ""
+
+
+def _boxed(text: str) -> str:
+    """What the last \\boxed{} in `text` holds; "" if there is none or its braces never close."""
+    _, found, content = text.rpartition("\\boxed{")
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", content if found else ""):  # \{ and \} are no braces
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return content[: brace.start()].strip()
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions typed by the user: they have no "answer" where nothing could grade it
+
+
+def ask_for_work(text: str) -> dict:
+    return {"question": f"{text} {SHOW_WORK.format(example='42')}", "answer": None}
+
+
+def ask_countdown(text: str) -> dict:
+    """ "44 19 35 = 98" is a Countdown problem, solvable or not; any other text is a question as it stands."""
+    problem = re.fullmatch(r"[\[\s]*([0-9]{1,9}(?:[\s,]+[0-9]{1,9}){0,19})[\]\s]*=\s*([0-9]{1,9})\s*", text)
+    if not problem:
+        return {"question": text, "answer": None}
+    return _countdown([int(number) for number in re.findall("[0-9]+", problem[1])], int(problem[2]))
+
+
+def ask_question(task: str, text: str) -> dict:
+    """A question that the user typed, worded as the task words its own; its "answer" is None where there is none."""
+    return _task(task).ask(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+@dataclass
+class Task:
+    """What `--task` names: where its questions come from, a generator or a dataset or both, and how they are graded."""
+
+    reward: Callable[..., float]  # reward(completion, **question["answer"])
+    # generate(rng) makes a question with what it draws from rng, a random.Random. Which questions are held out is not
+    # its concern: a hash of their key decides, and those that fall on the wrong side are made again.
+    generate: Callable[..., dict] | None = None
+    # What generate takes besides: any of R1ZeroTrain's options, and held_out, whether the question is to be held out.
+    options: tuple[str, ...] = ()
+    dataset: str = ""  # read where --dataset names none; "": questions are generated
+    eval_dataset: str = ""  # asked in evaluations where neither --dataset nor --eval_dataset is given
+    columns: tuple[tuple[str, ...], ...] = ()  # sets of columns of which a dataset must have one
+    read: Callable[[dict], dict | None] | None = None  # read(row) makes a question of those columns, or None
+    key: Callable[[dict], str] = lambda question: question["question"]  # questions of one key are the same question
+    ask: Callable[[str], dict] = lambda text: {"question": text, "answer": None}  # makes a question of --ask
+
+
+TASKS: dict[str, Task] = {
+    "countdown": Task(
+        countdown_reward,
+        generate=generate_countdown,
+        options=("held_out", "operands", "operand_range", "target_range"),
+        columns=(("target", "nums"),),
+        read=read_countdown,
+        key=lambda question: countdown_key(**question["answer"]),
+        ask=ask_countdown,
+    ),
+    "gsm8k": Task(
+        gsm8k_reward,
+        dataset="openai/gsm8k",
+        columns=(("question", "answer"),),
+        read=read_gsm8k,
+        ask=ask_for_work,
+    ),
+    "math": Task(
+        math_reward,
+        dataset="agentica-org/DeepScaleR-Preview-Dataset",
+        eval_dataset="HuggingFaceH4/aime_2024",
+        columns=(("problem", "answer"), ("problem", "solution")),
+        read=read_math,
+        ask=ask_for_work,
+    ),
 }
+
+
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        raise UsageError(f"--task {name}: there are {', '.join(TASKS)}; try countdown")
+    if name == "math" and math_verify_missing():
+        raise UsageError(
+            "--task math: needs the library math-verify; try uv run --extra math R1ZeroTrain.py --task math"
+        )
+    return TASKS[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The questions of a run
+
+
+def load_questions(
+    task: str,
+    dataset: str,
+    seed: int,
+    eval_questions: int,
+    eval_dataset: str = "",
+    *,
+    eval_only: bool = False,
+    resume: str = "",
+    tokenizer=None,
+    template: str = "auto",
+    max_new_tokens: int = 0,
+    **options,
+) -> tuple[Callable[[int], dict] | None, list[dict]]:
+    """The questions of a task: `(question_at, held_out)`.
+
+    `question_at(i)` is a pure function of (seed, i) for every i >= 0: a question made on the spot, or the i-th row of
+    endless passes over the training rows, each in an order of its own; None with `eval_only`. `held_out` are
+    `eval_questions` questions (all there are, where a dataset has fewer) which are the same for every seed and are not
+    used for training.
+
+    Datasets are hub names, local folders, or .jsonl .json .parquet .csv files; "" is the task's own. Held out is the
+    test split of `eval_dataset`, or all of it where it has none; without one, the test split of `dataset`, or a quarter
+    of its questions where it has none: all of them with `eval_only`, unless it is a run to `resume`, which has trained
+    on the others. With a `tokenizer`, no prompt may be longer than its `model_max_length` less `max_new_tokens`.
+    Among `options` are those of the task's generator. Raises UsageError where an option cannot work.
+    """
+    spec = _task(task)
+    if eval_questions < 0:
+        raise UsageError(f"--eval_questions {eval_questions}: cannot be negative; try 64")
+    if not dataset and not eval_dataset:
+        eval_dataset = spec.eval_dataset
+    dataset = dataset or spec.dataset
+    if not dataset and not spec.generate:
+        raise UsageError(f"--dataset: --task {task} makes no questions of its own; try --dataset with a file")
+    check = _length_check(tokenizer, template, max_new_tokens)
+
+    train = test = None
+    if eval_dataset and eval_dataset != dataset:
+        splits = _load_dataset("eval_dataset", eval_dataset)
+        test = _usable_rows(task, f"--eval_dataset {eval_dataset}", splits, _train_and_test(splits)[1], check)
+        if dataset and not eval_only:
+            splits = _load_dataset("dataset", dataset)
+            train = _usable_rows(task, f"--dataset {dataset}", splits, _train_and_test(splits)[0], check)
+    elif dataset:
+        train, test = _split_rows(task, dataset, eval_only, bool(resume), check)
+
+    if test:  # drawn rather than taken from the top: a file may be sorted
+        chosen = random.Random(HELD_OUT_RNG).sample(list(test.keys), min(eval_questions, len(test.keys)))
+        held_out = [spec.read(test.table[row]) for row in chosen]
+    else:
+        held_out = _generate_held_out(task, eval_questions, options)
+        for number, question in enumerate(held_out, start=1):
+            check(question["question"], f"--task {task}: held-out question {number}")
+    if eval_only:
+        return None, held_out
+    evaluated = frozenset(test.keys.values()) if test else frozenset()
+    if train:
+        return _passes(spec, _without(train, evaluated, dataset), seed), held_out
+    _draw(task, random.Random(seed), False, options, evaluated)  # raises here, not in the middle of training
+    return lambda i: _draw(task, random.Random(f"{seed}/{i}"), False, options, evaluated), held_out
+
+
+def _draw(task: str, rng: random.Random, held_out: bool, options: dict, evaluated: frozenset = frozenset()) -> dict:
+    """A question made on the spot, for training or held out, and none of those `evaluated` (their keys)."""
+    spec, offered = TASKS[task], options | {"held_out": held_out}
+    wanted = {name: offered[name] for name in spec.options if name in offered}
+    for _ in range(TRIES):
+        question = spec.generate(rng, **wanted)
+        key = spec.key(question)
+        if _hash_holds_out(key) == held_out and key not in evaluated:
+            return question
+    raise UsageError(
+        f"--task {task}: {TRIES} questions were made, and none is {'held out' if held_out else 'for training'}; "
+        "try a generator of more different questions"
+    )
+
+
+def _generate_held_out(task: str, count: int, options: dict) -> list[dict]:
+    rng = random.Random(HELD_OUT_RNG)
+    found, repeats = {}, 0
+    while len(found) < count and repeats < TRIES:
+        question = _draw(task, rng, True, options)
+        key = TASKS[task].key(question)
+        repeats = repeats + 1 if key in found else 0
+        found.setdefault(key, question)
+    if len(found) < count:
+        raise UsageError(
+            f"--eval_questions {count}: there are only {len(found)} different held-out questions to be found "
+            f"with these options; try {len(found)}"
+        )
+    return list(found.values())
+
+
+def _length_check(tokenizer, template: str, max_new_tokens: int) -> Callable[[str, str], None]:
+    """check(question, where) raises UsageError if the question's prompt leaves no room for max_new_tokens."""
+    if tokenizer is None:
+        return lambda question, where: None
+    room = tokenizer.model_max_length - max_new_tokens
+    if room < 1:
+        longest = tokenizer.model_max_length
+        raise UsageError(f"--max_new_tokens {max_new_tokens}: the model reads {longest} in all; try {longest // 2}")
+    chat = uses_chat_template(tokenizer, template)
+    # A token is a byte or more, but for the few that mark where a text begins: most questions need no tokenizing.
+    surely_fits = room - len(render_prompt(tokenizer, "", template).encode()) - 8
+
+    def check(question: str, where: str) -> None:
+        if len(question.encode()) <= surely_fits:
+            return
+        prompt = render_prompt(tokenizer, question, template)
+        tokens = len(tokenizer(prompt, add_special_tokens=not chat, verbose=False)["input_ids"])
+        if tokens > room:
+            raise UsageError(
+                f"{where} makes a prompt of {tokens:,} tokens, and the model has room for {room:,} beside "
+                f"--max_new_tokens {max_new_tokens}; try a dataset with shorter questions or a smaller --max_new_tokens"
+            )
+
+    return check
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets
+
+TEST_SPLITS = ("test", "validation")
 HUB_CONFIGS = {"openai/gsm8k": "main"}
 # A single split that its authors cut by position: so many rows to train on, and so many after them to test on.
 HUB_CUTS = {"Jiayi-Pan/Countdown-Tasks-3to4": (327_680, 1_024)}
 FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_questions(
-    task: str,
-    dataset: str | None,
-    seed: int,
-    eval_questions: int,
-    operands: int = 3,
-    operand_range: tuple[int, int] = (1, 9),
-    target_range: tuple[int, int] = (1, 99),
-) -> tuple[Callable[[int], dict], list[dict]]:
-    """The questions of a task: `(question_at, held_out)`.
+@dataclass
+class Rows:
+    """Rows of a dataset which make a question."""
 
-    `question_at(i)` is a pure function of (seed, i) for every i >= 0: a Countdown problem made on the spot, or the i-th
-    row of endless passes over the training rows, each in an order of its own. `held_out` are `eval_questions` questions
-    (all there are, where a dataset has fewer) which are the same for every seed and are not used for training.
+    table: object  # datasets.Dataset with the columns that the task reads
+    keys: dict[int, str]  # number of the row in the table, from 0: the key of its question
 
-    `dataset` is a hub dataset or a .jsonl, .json, .parquet or .csv file; empty means the task's own. The last three
-    arguments are for Countdown made on the spot. Raises UsageError where an option cannot work.
-    """
-    if task not in TASKS:
-        raise UsageError(f"--task {task}: there are {', '.join(TASKS)}; try countdown")
-    if eval_questions < 0:
-        raise UsageError(f"--eval_questions {eval_questions}: cannot be negative; try 64")
-    dataset = dataset or TASKS[task]["dataset"]
-    if not dataset:
-        _check_ranges(operands, operand_range, target_range)
 
-        def draw(rng: random.Random, held_out: bool) -> tuple[list[int], int]:
-            return countdown_problem(rng, held_out, operands, operand_range, target_range)
-
-        return _generated(seed, eval_questions, draw)
-
-    train, test = _split_rows(task, dataset)
-    read = TASKS[task]["read"]
+def _passes(spec: Task, rows: Rows, seed: int) -> Callable[[int], dict]:
+    numbers = list(rows.keys)
 
     @lru_cache(maxsize=2)  # a step's questions may lie in two passes
     def order(epoch: int) -> list[int]:
-        return random.Random(f"{seed}/{epoch}").sample(range(len(train)), len(train))
+        return random.Random(f"{seed}/{epoch}").sample(numbers, len(numbers))
 
     def question_at(i: int) -> dict:
-        epoch, place = divmod(i, len(train))
-        return read(train[order(epoch)[place]])
+        epoch, place = divmod(i, len(numbers))
+        return spec.read(rows.table[order(epoch)[place]])
 
-    # Drawn rather than taken from the top: a file may be sorted.
-    chosen = random.Random(HELD_OUT_RNG).sample(test, min(eval_questions, len(test)))
-    return question_at, [read(row) for row in chosen]
+    return question_at
 
 
-def _split_rows(task: str, dataset: str) -> tuple[list[dict], list[dict]]:
-    """The usable rows to train on and those held out; both have some."""
-    splits = _load_dataset(dataset)
-    names = list(splits)
-    train = "train" if "train" in names else names[0]
-    tests = [name for name in ("test", "validation") if name in names and name != train]
-    if dataset in HUB_CUTS:
-        end, more = HUB_CUTS[dataset]
-        train_rows = _usable_rows(task, dataset, splits[train].select(range(end)))
-        test_rows = _usable_rows(task, dataset, splits[train].select(range(end, end + more)))
-    elif tests:
-        train_rows = _usable_rows(task, dataset, splits[train])
-        test_rows = _usable_rows(task, dataset, splits[tests[0]])
-    else:
-        rows, held_out = _usable_rows(task, dataset, splits[train]), TASKS[task]["held_out"]
-        train_rows = [row for row in rows if not held_out(row)]
-        test_rows = [row for row in rows if held_out(row)]
-    if not train_rows or not test_rows:
+def _without(rows: Rows, evaluated: frozenset, dataset: str) -> Rows:
+    """The rows whose questions are not `evaluated`: what a model has trained on is no test of it."""
+    rest = {row: key for row, key in rows.keys.items() if key not in evaluated}
+    if not rest:
+        raise UsageError(f"--dataset {dataset}: the evaluation asks all its questions; try another --eval_dataset")
+    if len(rest) < len(rows.keys):
+        count = len(rows.keys) - len(rest)
+        print(f"{dataset}: {count} of its rows are also in the evaluation, and not trained on", file=sys.stderr)
+    return replace(rows, keys=rest)
+
+
+def _split_rows(task: str, dataset: str, eval_only: bool, resumed: bool, check: Callable) -> tuple[Rows | None, Rows]:
+    """The rows to train on, None with eval_only, and those held out."""
+    splits = _load_dataset("dataset", dataset)
+    train, test = _train_and_test(splits)
+    rows = _usable_rows(task, f"--dataset {dataset}", splits, test, check)
+    if train != test:
+        return None if eval_only else _usable_rows(task, f"--dataset {dataset}", splits, train, check), rows
+    if eval_only and not resumed:
+        if test not in TEST_SPLITS:
+            print(
+                f"evaluating all {len(rows.keys)} rows of {dataset}, which has no test split: "
+                "a model trained on this file has seen most of them",
+                file=sys.stderr,
+            )
+        return None, rows
+    held_out = {row: key for row, key in rows.keys.items() if _hash_holds_out(key)}
+    rest = {row: key for row, key in rows.keys.items() if row not in held_out}
+    if not rest or not held_out:
         raise UsageError(
-            f"--dataset {dataset}: {len(train_rows)} rows to train on and {len(test_rows)} held out, both need some "
+            f"--dataset {dataset}: {len(rest)} rows to train on and {len(held_out)} held out, both need some "
             f"(of a single split one question in {HELD_OUT_ONE_IN} is held out); try a file of 100 rows or more"
         )
-    return train_rows, test_rows
+    return replace(rows, keys=rest), replace(rows, keys=held_out)
 
 
-def _usable_rows(task: str, dataset: str, table) -> list[dict]:
-    columns, read = TASKS[task]["columns"], TASKS[task]["read"]
-    if not set(columns) <= set(table.column_names):
+def _train_and_test(splits: dict) -> tuple[str, str]:
+    """The names of the splits to train on and to test on; one and the same where there is nothing to choose from."""
+    test = next((name for name in TEST_SPLITS if name in splits), "")
+    train = next((name for name in ("train", *splits) if name in splits and name != test), test)
+    return train, test or train
+
+
+def _usable_rows(task: str, named: str, splits: dict, split: str, check: Callable) -> Rows:
+    """`named` is the option and its value, as errors begin with it."""
+    spec, table = TASKS[task], splits[split]
+    columns = next((columns for columns in spec.columns if set(columns) <= set(table.column_names)), None)
+    if columns is None:
+        others = [name for name, other in TASKS.items() for c in other.columns if set(c) <= set(table.column_names)]
         raise UsageError(
-            f"--dataset {dataset}: has the columns {', '.join(table.column_names)}; "
-            f"--task {task} reads {' and '.join(columns)}; try a dataset with these"
+            f"{named}: has the columns {', '.join(table.column_names)}; --task {task} reads "
+            + (" or ".join(" and ".join(columns) for columns in spec.columns) or "no dataset")
+            + f"; try {f'--task {others[0]}' if others else 'a dataset with these'}"
         )
-    rows = table.select_columns(columns).to_list()
-    usable = [read(row) is not None for row in rows]
-    if not all(usable):
-        count, first = usable.count(False), usable.index(False) + 1
-        print(
-            f"{dataset}: {count} of {len(rows)} rows have no usable answer, the first is row {first}", file=sys.stderr
-        )
-    return [row for row, keep in zip(rows, usable, strict=True) if keep]
+    table = table.select_columns(list(columns))
+    keys, unusable = {}, []
+    for start, batch in zip(range(0, len(table), 1000), table.iter(1000), strict=True):
+        for row, cells in enumerate(zip(*(batch[column] for column in columns), strict=True), start):
+            question = spec.read(dict(zip(columns, cells, strict=True)))
+            if question is None:
+                unusable.append(row + 1)
+                continue
+            keys[row] = spec.key(question)
+            check(question["question"], f"{named}: row {row + 1}" + f" of its {split} split" * (len(splits) > 1))
+    if not keys:
+        raise UsageError(f"{named}: no row of {len(table)} has a usable answer; try a dataset that fits --task {task}")
+    if unusable:
+        first = ", ".join(map(str, unusable[:5])) + (", …" if len(unusable) > 5 else "")
+        print(f"{named}: {len(unusable)} of {len(table)} rows have no usable answer: {first}", file=sys.stderr)
+    return Rows(table, keys)
 
 
-def _load_dataset(dataset: str) -> dict:
-    """A hub dataset or a local file as `{split: datasets.Dataset}`."""
+def _load_dataset(option: str, dataset: str) -> dict:
+    """A hub dataset, local folder or local file as `{split: datasets.Dataset}`."""
     import datasets  # takes seconds, and the generated Countdown does without
 
     path = Path(dataset)
     reader = FILE_READERS.get(path.suffix.lower())
+    on_hub = not reader and not path.exists() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset)
     if path.is_file() and not reader:
-        raise UsageError(f"--dataset {dataset}: cannot be read; try a {', '.join(FILE_READERS)} file")
-    if reader and not path.is_file():
-        raise UsageError(f"--dataset {dataset}: there is no such file; try openai/gsm8k or a path that exists")
-    if reader and path.stat().st_size == 0:
-        raise UsageError(f"--dataset {dataset}: the file is empty; try openai/gsm8k or a file with rows")
+        raise UsageError(f"--{option} {dataset}: cannot be read; try a {', '.join(FILE_READERS)} file")
+    if not path.exists() and not on_hub:
+        raise UsageError(f"--{option} {dataset}: there is no such file; try openai/gsm8k or a path that exists")
+    if path.is_file() and path.stat().st_size == 0:
+        raise UsageError(f"--{option} {dataset}: the file is empty; try openai/gsm8k or a file with rows")
+    # What goes wrong is to be reported once, in a line below, and not by the libraries' logs too.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
-        if not reader:
-            return datasets.load_dataset(dataset, HUB_CONFIGS.get(dataset))
-        # A broken file is to be reported once, in the line below, and not by the library's log and progress bar too.
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        if on_hub:
+            splits = datasets.load_dataset(dataset, HUB_CONFIGS.get(dataset))
+            if dataset in HUB_CUTS:
+                end, more = HUB_CUTS[dataset]
+                rows = splits["train"]
+                return {"train": rows.select(range(end)), "test": rows.select(range(end, end + more))}
+            return splits
         datasets.disable_progress_bars()
-        return datasets.load_dataset(reader, data_files=dataset)
+        if path.is_dir():
+            configs = datasets.get_dataset_config_names(dataset)  # a copy of openai/gsm8k has two
+            return datasets.load_dataset(dataset, "main" if "main" in configs else None)
+        splits = datasets.load_dataset(reader, data_files=dataset)
+        if path.suffix.lower() == ".json" and "data" in splits["train"].column_names:  # {"data": [...]}
+            return datasets.load_dataset(reader, data_files=dataset, field="data")
+        return splits
     # What datasets and huggingface_hub raise for a broken file, no network, no such dataset or configuration, a dataset
     # that is a script; StopIteration for a JSON file without a row.
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, StopIteration) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         reason = " ".join(str(cause).split())[:200] or "no rows"
-        raise UsageError(f"--dataset {dataset}: unreadable: {reason}; try openai/gsm8k or a .jsonl file") from None
+    if on_hub:
+        raise UsageError(
+            f"--{option} {dataset}: could not be fetched from the Hugging Face hub ({reason}); try --{option} with a "
+            "folder or file that holds a copy of it, or the default recipe, which needs nothing from the hub"
+        )
+    raise UsageError(f"--{option} {dataset}: unreadable: {reason}; try openai/gsm8k or a .jsonl file")

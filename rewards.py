@@ -7,8 +7,20 @@ second and without an exception: lengths are bounded before anything is computed
 `completion` is always the whole assistant turn, beginning with the `<think>` that the prompt prefilled.
 """
 
+import json
+import logging
+import math
+import os
+import random
 import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
 from fractions import Fraction
+from importlib.util import find_spec
 
 MAX_ANSWER_CHARS = 1000  # a longer answer is not graded
 MAX_DIGITS = 50  # of one number
@@ -170,3 +182,409 @@ def read_number(text: str) -> Fraction | None:
         return None
     values = {Fraction(re.sub(r"[\\$,]", "", number)) for number in found}
     return values.pop() if len(values) == 1 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MATH: one exact value or expression
+
+MAX_MATH_CHARS = 300  # of a boxed answer; the longest of MATH's own are matrices of about 150
+MATH_SECONDS = 0.5  # of the processor for one answer, so that a busy machine does not change what is right
+
+# What the library may read in an answer. Every other command names a computation, \sum or \binom or \lfloor: quoting
+# the question would then be an answer to it, and many of them take sympy for ever.
+PLAIN_COMMANDS = re.compile(
+    "frac|sqrt|pi|cdot|times|div|infty|cup|cap|pm|mp|le|leq|ge|geq|ne|neq|lt|gt|in|begin|end|emptyset|mathbb|"
+    "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|varphi|psi|omega"
+)
+# These only where the gold answer has one of them too: else \sin 60^\circ would be an answer to "what is sin 60°?".
+FUNCTIONS = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|\|")
+
+DIGITS = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+RATIONAL = re.compile(
+    r"(?P<sign>[-+]?)(?:"
+    rf"(?P<whole>[0-9]+)?\\frac\{{(?P<over>-?{DIGITS})\}}\{{(?P<under>-?{DIGITS})\}}"  # 1/2 in LaTeX, or 3 1/2
+    rf"|(?:(?P<whole_>[0-9]+) )?(?P<over_>{DIGITS})/(?P<under_>{DIGITS})"  # the same in plain text
+    rf"|(?P<number>{DIGITS}))"
+)
+UNITS = "units?|degrees?|dollars?|cents?|percent|inch(?:es)?|feet|miles?|cm|mm|km|seconds?|minutes?|hours?|days?|years?"
+
+# Applied in this order to every answer and gold answer. None of them makes two values one.
+TIDY = [
+    (r"\s+", " "),
+    (r",\\!|\{,\}", ","),  # 10,\!000 and 10{,}000
+    (r"(\\\\)|\\[!,;: ]|~", r"\1 "),  # LaTeX's spaces, but not the \\ between two rows of a matrix
+    (r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])", ""),
+    (r"\\[()\[\]]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|°|\*\*", ""),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\varnothing", r"\\emptyset"),
+    (r"(\\[A-Za-z]+)\s+(?=[0-9])", r"\1"),
+    (r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
+    (r"(?<=\S)\s*\\(?:text|mbox|mathrm|textrm)\s*\{[^{}0-9,]*\}(?:\^\{?[23]\}?)?[\s.]*$", ""),  # 5\text{ cm}^2
+    (rf"(?<=[0-9}}])\s+(?:(?:square|cubic) )?(?:{UNITS})\.?\s*$", ""),
+    (r"^\s*\\(?:text|textbf|textrm|mbox|mathrm)\s*\{([^{}]*)\}[\s.]*$", r"\1"),  # nothing but text
+    (r"\\frac\s*([0-9a-z])\s*([0-9a-z])", r"\\frac{\1}{\2}"),  # \frac12
+    (r"\\frac\s*([0-9a-z])\s*\{", r"\\frac{\1}{"),
+    (r"\\frac\s*(\{[^{}]*\})\s*([0-9a-z])", r"\\frac\1{\2}"),
+    (r"_\s*([0-9A-Za-z])", r"_{\1}"),
+    # A space between two letters or digits stays: "3 1/2" is not "31/2".
+    (r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", ""),
+    (r"\.$", ""),
+    (r"^\(([A-Z])\)$", r"\1"),  # of several choices, (C)
+]
+
+
+def math_reward(completion: str, gold: str) -> float:
+    """1.0 if the answer's last box, or without a box the whole answer, is exactly the value of `gold`.
+
+    `gold` is plain, `073` or `\\frac{14}{3}`, or a solution whose last box holds it. One value may be written in many
+    ways, `0.5 = \\frac12` and `2x+3 = 3+2x`, but nothing is rounded: `0.333333` is not 1/3. Where the gold answer is a
+    number, so must the answer be: `2+3` is not 5, or the question "what is 2+3?" would be its own answer. Tuples and
+    intervals keep their order and brackets; of sets and of lists of solutions the order does not matter.
+
+    What is no plain number is compared by Math-Verify (github.com/huggingface/Math-Verify). Raises ImportError if it is
+    not installed. Data: huggingface.co/datasets/HuggingFaceH4/MATH-500, AIME.
+    """
+    if math_verify_missing():
+        raise ImportError("math_reward needs the library math-verify; try uv run --extra math")
+    answer = extract_answer(completion)
+    if answer is None:
+        return 0.0
+    answer, gold = last_box(answer), last_box(gold)
+    if max(len(answer), len(gold)) > MAX_MATH_CHARS:
+        return 0.0
+    equal = equal_at_sight(tidy(answer), tidy(gold))
+    if equal is None:
+        equal = equal_by_worker(tidy(answer), tidy(gold))
+    return 1.0 if equal else 0.0
+
+
+def math_verify_missing() -> bool:
+    """Whether the optional library that math_reward needs is absent; takes no time, for it is not imported here."""
+    return find_spec("math_verify") is None
+
+
+def last_box(text: str) -> str:
+    r"""What is in the last `\boxed{…}` or `\fbox{…}` of `text`; all of it, stripped, where there is no complete box."""
+    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    if start < 0:
+        return text.strip()
+    content = re.sub(r"^\\(?:boxed|fbox)\s*", "", text[start:])
+    if not content.startswith("{"):
+        return re.split(r"[\s$]", content)[0]  # \boxed 5
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", content, re.DOTALL):  # \{ and \} do not count
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return content[1 : brace.start()].strip()
+    return text.strip()
+
+
+def tidy(text: str) -> str:
+    r"""`text` without what does not change its value: `$\dfrac 12\text{ cm}$` becomes `\frac{1}{2}`."""
+    for pattern, replacement in TIDY:
+        text = re.sub(pattern, replacement, text.strip())
+    if not re.search(r"[(\[]|\\\{", text):  # within brackets 1,234 is two numbers
+        text = re.sub(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])", lambda found: found[0].replace(",", ""), text)
+    return text
+
+
+def rational(text: str) -> Fraction | None:
+    r"""The value of a tidied integer, decimal, fraction or mixed number; None for anything else and for 1/0."""
+    found = RATIONAL.fullmatch(strip_name(text)[1])
+    if found is None or re.search(rf"[0-9]{{{MAX_DIGITS + 1}}}", text):
+        return None
+    group = found.groupdict()
+    whole = Fraction(group["whole"] or group["whole_"] or 0)
+    over = Fraction(group["over"] or group["over_"] or group["number"])
+    under = Fraction(group["under"] or group["under_"] or 1)
+    if under == 0:
+        return None
+    return (whole + over / under) * (-1 if group["sign"] == "-" else 1)
+
+
+def strip_name(text: str) -> tuple[str, str]:
+    r"""The name in front and the rest: `x=5` is ("x", "5"), `f(x)=2x` ("f(x)", "2x"), `5` ("", "5")."""
+    found = re.fullmatch(r"(\\?[A-Za-z]+(?:_\{\w+\})?(?:\([a-z]\))?)(?:=|\\in(?![a-z]))([^=]+)", text)
+    return (found[1], found[2]) if found else ("", text)
+
+
+def equal_at_sight(answer: str, gold: str) -> bool | None:
+    """Whether two tidied texts are the same value, where that needs no library; None where it does."""
+    if answer == gold:
+        return answer != ""
+    number = rational(gold)
+    if number is not None:
+        (answer_name, _), (gold_name, _) = strip_name(answer), strip_name(gold)
+        return rational(answer) == number and (not answer_name or not gold_name or answer_name == gold_name)
+    if re.fullmatch("[A-Za-z]{3,}(?: [A-Za-z]+)*", gold):  # a word, and no product of letters
+        return answer.lower() == gold.lower()
+    return None if is_readable(answer, gold) else False
+
+
+def is_readable(answer: str, gold: str) -> bool:
+    """Whether the library may see this answer; what passes can still be slow, but hardly by accident."""
+    functions = any(map(FUNCTIONS.fullmatch, commands(gold)))
+    depth = deepest = 0
+    for char in answer:
+        depth += (char in "([{") - (char in ")]}")
+        deepest = max(deepest, depth)
+    return (
+        bool(re.fullmatch(r"[0-9A-Za-z+\-*/^_=<>()\[\]{}.,|&\\' ]+", answer))  # no "!", nothing outside ASCII
+        and all(PLAIN_COMMANDS.fullmatch(name) or functions and FUNCTIONS.fullmatch(name) for name in commands(answer))
+        and deepest <= MAX_NESTING // 2
+        and not re.search(rf"[0-9]{{{MAX_DIGITS + 1}}}", answer)
+        and not re.search(r"\^[({]*-?[0-9]{5}|\^[-0-9{}()]*\^", answer)  # 2^{10000}, 9^{9^9} and (9^9)^9
+        and not re.search("[0-9]_", answer + " " + gold)  # 12_3, which the library would take for 12
+    )
+
+
+def commands(text: str) -> set[str]:
+    r"""The names of the LaTeX commands in `text`, and "|"; the row break `\\` before a letter is none."""
+    return set(re.findall(r"(?<=\\)[A-Za-z]+|\|", text.replace(r"\\", " ")))
+
+
+def parts(text: str) -> tuple[str, list[str]]:
+    r"""The kind of a collection and its members: `[0,1)` is ("[)", ["0", "1"]); a single value is ("", [text]).
+
+    A set and a list of solutions are of one kind, "". A matrix is of the kind "1&2\\3&4" without its entries.
+    """
+    if found := re.fullmatch(r"\\begin\{([pb]?matrix)\}(.*)\\end\{\1\}", text):
+        rows = [row.split("&") for row in found[2].removesuffix(r"\\").split(r"\\")]
+        return "\\".join("&" * len(row) for row in rows), [entry for row in rows for entry in row]
+    kind = ""
+    inner = split_at_commas(text[1:-1])
+    if re.fullmatch(r"\\\{.*\\\}", text):
+        text = text[2:-2]
+    elif re.fullmatch(r"[(\[].*[)\]]", text) and len(inner) > 1:
+        return text[0] + text[-1], inner
+    members = []
+    for member in split_at_commas(text):
+        both = [member.replace(r"\pm", sign).replace(r"\mp", other) for sign, other in ("+-", "-+")]
+        members += both if both[0] != both[1] else [member]
+    return kind, members
+
+
+def split_at_commas(text: str) -> list[str]:
+    """The pieces between the commas outside all brackets; [text] if the brackets do not match."""
+    pieces, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if depth < 0:
+            return [text]
+        if char == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += char
+    return pieces
+
+
+def equal_by_library(answer: str, gold: str) -> bool:
+    """Whether two tidied texts are the same value, by Math-Verify. Takes its time: the worker holds the limit."""
+    equal = equal_at_sight(answer, gold)
+    if equal is not None:
+        return equal
+    (answer_name, answer), (gold_name, gold) = strip_name(answer), strip_name(gold)
+    if answer_name and gold_name and answer_name != gold_name:
+        return False
+    (answer_kind, answers), (gold_kind, golds) = parts(answer), parts(gold)
+    if len(answers) == len(golds) == 1 and answer_kind == gold_kind:
+        return equal_expressions(answers[0], golds[0])
+    if answer_kind != gold_kind or len(answers) != len(golds):
+        # x<2 is (-\infty,2): a relation and an interval are for the library to compare.
+        return any(re.search("[<>]|\\\\[lg]e", text) for text in (answer, gold)) and equal_expressions(answer, gold)
+    if gold_kind:
+        return all(map(equal_by_library, answers, golds))
+    for member in golds:
+        match = next((other for other in answers if equal_by_library(other, member)), None)
+        if match is None:
+            return False
+        answers.remove(match)
+    return True
+
+
+def equal_expressions(answer: str, gold: str) -> bool:
+    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify.parser import NormalizationConfig
+    from sympy import I, Symbol
+
+    # Its own removal of units would make 3t of 3 hours, and of the letter t.
+    reading = LatexExtractionConfig(
+        boxed_match_priority=-1,
+        normalization_config=NormalizationConfig(malformed_operators=True, nits=True, boxed="none"),
+    )
+
+    def read(text: str) -> list:
+        # A decimal would become a float, and floats are compared with rounding.
+        text = re.sub(DIGITS, lambda found: exact(found[0]) if "." in found[0] else found[0], text)
+        found = parse(f"${text}$", [reading], "no_fallback", "first_match", parsing_timeout=None)
+        # Whether it takes symbols for real depends on the text around them; then x is not x, and i is not i.
+        return [
+            value.xreplace({s: I if s.name == "i" else Symbol(s.name, real=True) for s in value.free_symbols})
+            for value in found
+        ]
+
+    def exact(decimal: str) -> str:
+        value = Fraction(decimal)
+        return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+    if ("=" in answer) != ("=" in gold):
+        return False  # the library would take the right side of any equation for the answer
+    # Two expressions count as equal if their difference vanishes to this many digits: so many that no number of
+    # MAX_DIGITS digits comes as near to another value.
+    digits = 6 * MAX_DIGITS
+    return verify(
+        read(gold), read(answer), numeric_precision=digits, timeout_seconds=None, allow_set_relation_comp=True
+    )
+
+
+# sympy can take for ever, and Math-Verify's own limit, signal.alarm, works in a main thread only. So comparisons are
+# made in a process of their own. It imports the library once, then forks for each comparison a child that the system
+# kills when its time is up: whatever happens to the child, the next one starts from a fresh copy.
+
+_worker: tuple[subprocess.Popen, socket.socket] | None = None
+_worker_starts = threading.Lock()
+
+
+def equal_by_worker(answer: str, gold: str) -> bool:
+    """`equal_by_library` within MATH_SECONDS, False if it takes longer. May be called from any thread."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        try:
+            with theirs:
+                socket.send_fds(worker(), [b"."], [theirs.fileno()])
+            ours.sendall(json.dumps([answer, gold]).encode())
+            ours.shutdown(socket.SHUT_WR)
+            return ours.recv(1) == b"1"  # nothing at all from a child that was killed
+        except ConnectionError:  # killed before it had read all
+            return False
+
+
+def worker() -> socket.socket:
+    """The socket on which the worker takes requests: a byte, and the socket that the comparison is sent over."""
+    global _worker
+    with _worker_starts:
+        if _worker is None or _worker[0].poll() is not None:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                # This file is its program, so the caller's script is not run again. Its input ends with this process,
+                # however that ends. In a session of its own, Ctrl-C in the terminal does not reach it.
+                process = subprocess.Popen(
+                    [sys.executable, __file__], stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True
+                )
+            if ours.recv(1) != b"!":  # comes when the library has been imported, which takes seconds
+                raise RuntimeError("the process that compares answers by math-verify did not start")
+            _worker = process, ours
+    return _worker[1]
+
+
+def serve(requests: socket.socket) -> None:
+    """The worker's loop. Ends when its parent has."""
+    logging.disable(logging.WARNING)  # each reading without a timeout would say so
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    # Parser and sympy are slow at what they meet for the first time; what they learn from it, the children inherit.
+    equal_expressions(r"-\frac{1}{2}\sqrt{3}+2x^{2}\pi", r"(x+1)^2-\sqrt[3]{2}\cdot 5")
+    equal_expressions(r"(-\infty,2)\cup[3,4)", r"x_{1}<3")
+    equal_expressions("x^2+y=1", "x+y=2")
+    requests.sendall(b"!")
+    while True:
+        byte, sockets, _, _ = socket.recv_fds(requests, 1, 1)
+        if not byte:
+            return
+        if os.fork() == 0:
+            try:
+                signal.setitimer(signal.ITIMER_PROF, MATH_SECONDS)  # then the system kills it, whatever it is doing
+                caller = socket.socket(fileno=sockets[0])
+                answer, gold = json.load(caller.makefile())
+                caller.sendall(b"1" if equal_by_library(answer, gold) else b"0")
+            finally:
+                os._exit(0)  # also from an exception, of sympy's many kinds: no reply then, which means not equal
+        os.close(sockets[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics over several completions and questions
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The chance that of k completions, drawn without replacement from n with `correct` right ones, one is right.
+
+    The unbiased estimate 1 - C(n-correct, k) / C(n, k) of equation 1 in Chen et al. 2021 (arXiv 2107.03374). Raises
+    ValueError unless 1 <= k <= n and 0 <= correct <= n.
+    """
+    if not (1 <= k <= n and 0 <= correct <= n):
+        raise ValueError(f"pass@{k} of {n} completions, {correct} correct: k must be 1 to {n}, correct 0 to {n}")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def normalized_answer(completion: str) -> str | None:
+    """The key under which an answer's votes are counted, the same for `1,234`, `$1234.0$` and `\\boxed{1234}`.
+
+    It knows no task, and only what can be seen: 1/2 and 0.5 are one key, x+1 and 1+x are two. None, no vote, where
+    there is no answer or one too long to be graded.
+    """
+    answer = extract_answer(completion)
+    answer = last_box(answer) if answer else ""
+    if not answer or len(answer) > MAX_ANSWER_CHARS:
+        return None
+    key = tidy(answer)
+    number = rational(key)
+    return (str(number) if number is not None else key) or None
+
+
+def majority(answers: list[str | None], correct: list[float]) -> float:
+    """maj@K, also called cons@K: whether the most frequent of K answers is correct; of equals, the first seen.
+
+    `answers` are keys from `normalized_answer`, `correct` their rewards. None has no vote; 0.0 if all are None.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return 0.0
+    winner, _ = votes.most_common(1)[0]  # which keeps the order of first appearance among equals
+    return correct[answers.index(winner)]
+
+
+def evaluation(questions: list[list[dict]]) -> dict[str, float | tuple[float, float]]:
+    """What is reported of an evaluation: means over questions, each with its 95% interval as `<name>_interval`.
+
+    `questions` has K samples for each question, each with its `text`, `accuracy`, `format`, `length` and `truncated`.
+    `pass@1` is the share of right samples, `pass@k` for k = 2, 4, 8 … K is unbiased, `maj@K` goes by majority.
+    """
+    k = len(questions[0])
+    names, sizes = ("format", "length", "truncated"), sorted({*(2**i for i in range(k.bit_length())), k})
+    values: dict[str, list[float]] = {f"pass@{size}": [] for size in sizes}
+    values |= {f"maj@{k}": []} if k > 1 else {}
+    values |= {name: [] for name in names}
+    for samples in questions:
+        correct = [sample["accuracy"] for sample in samples]
+        for size in sizes:
+            values[f"pass@{size}"].append(pass_at_k(k, round(sum(correct)), size))
+        if k > 1:
+            values[f"maj@{k}"].append(majority([normalized_answer(sample["text"]) for sample in samples], correct))
+        for name in names:
+            values[name].append(sum(sample[name] for sample in samples) / k)
+    metrics: dict[str, float | tuple[float, float]] = {}
+    for name, of_questions in values.items():
+        metrics[name] = sum(of_questions) / len(of_questions)
+        metrics[f"{name}_interval"] = bootstrap_interval(of_questions)
+    return metrics
+
+
+def bootstrap_interval(values: list[float], resamples: int = 1000) -> tuple[float, float]:
+    """The 95% percentile interval of the mean of `values`, one value for each question.
+
+    Questions are resampled, with replacement; the samples within a question are not, so the interval says how the mean
+    would vary over other questions of the kind, which is more than it varies over seeds. Always the same for the same
+    values. Raises ValueError for no values.
+    """
+    if not values:
+        raise ValueError("an interval of no values: give one value or more")
+    if min(values) == max(values):
+        return values[0], values[0]  # without the rounding of a mean
+    rng = random.Random(0)
+    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(resamples))
+    outside = round(0.025 * resamples)  # on either side
+    return means[outside], means[-1 - outside]
+
+
+if __name__ == "__main__":  # as worker() starts it
+    serve(socket.socket(fileno=0))

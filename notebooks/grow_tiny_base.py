@@ -1,17 +1,18 @@
 """Grows notebooks/tiny-base, the base model that `uv run R1ZeroTrain.py` trains: `uv run notebooks/grow_tiny_base.py`.
 
 It stands in for the base model of the paper, and is made the way that one was: next-token prediction on text that
-people wrote before anyone thought of rewards. The people here are imaginary, and play Countdown at random: each takes
-two of the numbers, tries what the result makes with the third, takes another two, says "no" until a target is hit, and
-"yes" then. Most lose patience after a try or two and hand in their last attempt as it is; a few keep at it. So the
-model learns arithmetic (its sums are right), the tags, and that one may try again, but not that trying again pays:
-that is left for reinforcement learning to find out.
+people wrote before anyone thought of rewards. The people here are imaginary, and play Countdown without a plan: each
+takes two of the numbers at random, goes through the operations, tries with each result what it makes with the third
+number, says "no" to it, or "yes" if it is the target, and then takes another two. Most lose patience after a try or
+two and hand in their last attempt as it is; a few keep at it. So the model learns arithmetic (its sums are right), the
+tags, and that one may try again, but not that trying again pays: that is left for reinforcement learning to find out.
 
     Numbers: 8 7 4 Target: 36
     <think>
     7 + 8 = 15
-    15 - 4 = 11 no
     15 + 4 = 19 no
+    15 - 4 = 11 no
+    4 * 15 = 60 no
     8 - 7 = 1
     1 + 4 = 5 no
     </think>
@@ -25,6 +26,7 @@ import random
 import re
 import sys
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -38,12 +40,15 @@ sys.path.insert(0, str(ROOT))
 
 from prompts import countdown_problem  # noqa: E402
 
+# The run's numbers end at 9. With no larger ones here there would be 1,600 problems, few enough to learn by heart where
+# the target is hit, in place of comparing each result with it.
+NUMBERS = (1, 15)
 LARGEST = 99  # whole numbers are tokens, and an attempt that leaves 0..99 is not made
 PATIENT = 0.22  # share of the people who hardly ever give up
 DOCUMENTS = 320  # in a step, about 16,000 tokens
 TOKENS = 2048  # in a micro-batch: what stays in the CPU's cache
 QUESTION = 11  # tokens of a question: it is random, so there is nothing to learn from predicting it
-STEPS = 1000
+STEPS = 800
 
 # The prompt is what a tiny model can read: `Numbers: 8 7 4 Target: 36`, cut out of TinyZero's sentence. What else is
 # asked stays as it is, and the model's own template leaves the system message out.
@@ -84,18 +89,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def one_step(numbers: tuple[int, ...]) -> list[tuple[int, str, int, int, tuple[int, ...]]]:
-    """Every (a, operator, b, result, numbers left) that combines two of the numbers and stays within 0..LARGEST."""
-    found = []
-    for i, a in enumerate(numbers):
-        for j, b in enumerate(numbers):
-            left = tuple(number for k, number in enumerate(numbers) if k not in (i, j))
-            results = {"-": a - b, "/": a // b if b and a % b == 0 else -1}
-            if i < j:  # a + b is b + a: one of the two will do
-                results |= {"+": a + b, "*": a * b}
-            if i != j:
-                found += [(a, op, b, result, left) for op, result in results.items() if 0 <= result <= LARGEST]
-    return found
+def one_step(a: int, b: int) -> list[tuple[int, str, int, int]]:
+    """Every (x, operator, y, result) that combines two numbers, each result once and in 0..LARGEST, as + - * / go."""
+    larger, smaller = max(a, b), min(a, b)
+    results = {"+": a + b, "-": larger - smaller, "*": a * b}
+    if smaller and larger % smaller == 0:
+        results["/"] = larger // smaller
+    first = {result: op for op, result in reversed(results.items()) if result <= LARGEST}  # of equal results
+    return [(larger, op, smaller, result) for op, result in results.items() if first.get(result) == op]
 
 
 def written(rng: random.Random, a: int, operator: str, b: int) -> str:
@@ -103,34 +104,32 @@ def written(rng: random.Random, a: int, operator: str, b: int) -> str:
     return f"{b} {operator} {a}" if operator in "+*" and rng.random() < 0.5 else f"{a} {operator} {b}"
 
 
-def document(rng: random.Random) -> str:
-    """One person's attempts at one training problem, in random order, and the last of them as the answer.
+def attempts(rng: random.Random, a: int, b: int, c: int) -> Iterator[tuple[str, int, str, int]]:
+    """All (first sum, its result, second sum, its result), one pair of the numbers after the other in random order."""
+    pairs = sorted({(min(a, b), max(a, b), c), (min(a, c), max(a, c), b), (min(b, c), max(b, c), a)})
+    for one, other, third in rng.sample(pairs, len(pairs)):
+        for x, operator, y, result in one_step(one, other):
+            first = written(rng, x, operator, y)
+            for x, operator, y, last in one_step(result, third):
+                yield first, result, written(rng, x, operator, y), last
 
-    Nobody takes two numbers that leave them where they have already been.
-    """
-    numbers, target = countdown_problem(rng, held_out=False, target_range=(1, LARGEST))
+
+def document(rng: random.Random) -> str:
+    """One person's attempts at one training problem, and the last of them as the answer."""
+    numbers, target = countdown_problem(rng, held_out=False, operand_range=NUMBERS, target_range=(1, LARGEST))
     # The chance of giving up after an attempt that missed.
     gives_up = 0.01 if rng.random() < PATIENT else rng.uniform(0.5, 1.0)
     lines = [f"Numbers: {' '.join(map(str, numbers))} Target: {target}", "<think>"]
-    been: set[tuple] = set()
-    for a, op, b, result, left in shuffled(rng, one_step(tuple(numbers))):
-        if (result, left) in been:
-            continue
-        been.add((result, left))
-        first = written(rng, a, op, b)
-        lines.append(f"{first} = {result}")
-        for c, op2, d, last, _ in shuffled(rng, one_step((*left, result))):
-            second = written(rng, c, op2, d)
-            lines.append(f"{second} = {last} {'yes' if last == target else 'no'}")
-            if last == target or rng.random() < gives_up:
-                # The answer is the second step with the first one in the place of its result.
-                answer = re.sub(rf"\b{result}\b", f"({first})", second, count=1)
-                return "\n".join([*lines, "</think>", f"<answer>{answer}</answer>"])
-    raise AssertionError("every target can be reached")
-
-
-def shuffled(rng: random.Random, items: list) -> list:
-    return rng.sample(items, len(items))
+    line = ""
+    for first, result, second, last in attempts(rng, *numbers):
+        if line != (line := f"{first} = {result}"):
+            lines.append(line)
+        lines.append(f"{second} = {last} {'yes' if last == target else 'no'}")
+        if last == target or rng.random() < gives_up:
+            break
+    # The second sum with the first one in the place of its result.
+    answer = re.sub(rf"\b{result}\b", f"({first})", second, count=1)
+    return "\n".join([*lines, "</think>", f"<answer>{answer}</answer>"])
 
 
 def microbatches(documents: list[list[int]]) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import R1ZeroTrain
@@ -287,8 +288,10 @@ def test_without_options_it_is_the_tiny_recipe() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_overrides_the_defaults_and_the_command_line_overrides_the_recipe(recipe: str) -> None:
     cfg = parse_config(["--recipe", recipe])
-    assert dataclasses.asdict(cfg) == dataclasses.asdict(Config()) | RECIPES[recipe] | {"recipe": recipe}
-    assert set(RECIPES[recipe]) <= set(dataclasses.asdict(cfg)), "every option of the recipe exists"
+    words = RECIPES[recipe][1].split()
+    options = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    given = {name: type(getattr(Config, name))(value) for name, value in options.items()}
+    assert dataclasses.asdict(cfg) == dataclasses.asdict(Config()) | given | {"recipe": recipe}
     mine = {"group_size": 5, "lr": 0.125, "model": "mine", "steps": 7, "run_dir": "here"}
     chosen = parse_config(["--recipe", recipe, *(str(part) for n, v in mine.items() for part in (f"--{n}", v))])
     assert chosen == dataclasses.replace(cfg, **mine)
@@ -299,9 +302,8 @@ def test_a_recipe_overrides_the_defaults_and_the_command_line_overrides_the_reci
 
 def test_resume_takes_the_options_of_the_run_and_the_command_line_overrides_them(tmp_path: Path) -> None:
     saved = dataclasses.replace(Config(), recipe="mac", lr=0.25, steps=9, operand_range=[2, 8], run_dir="elsewhere")
-    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(saved)))
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "state.json").write_text('{"step": 9}')
+    policy = torch.nn.Linear(1, 1)
+    R1ZeroTrain.save_checkpoint(tmp_path, 9, policy, torch.optim.AdamW(policy.parameters()), saved)
     here = {"run_dir": str(tmp_path), "resume": str(tmp_path)}
     assert parse_config(["--resume", str(tmp_path)]) == dataclasses.replace(saved, **here)
     assert parse_config(["--resume", str(tmp_path), "--steps", "20"]) == dataclasses.replace(saved, **here, steps=20)
@@ -318,6 +320,9 @@ def test_help_shows_every_option_with_its_meaning_and_default(
         entry = " ".join(entries[field.name].split())
         assert field.metadata["help"] in entry
         assert f"(default: {getattr(Config(), field.name)})" in entry
+    for name, (about, _) in RECIPES.items():
+        assert f"\n  {name:<11} {about}\n" in outcome.out, "each recipe has a line, with the memory it needs"
+        assert " GB, " in about
 
 
 # --- the file, by the house's rules ----------------------------------------------------------------------------------

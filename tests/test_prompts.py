@@ -12,8 +12,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import prompts
@@ -76,6 +77,165 @@ def test_chat_template_gets_exactly_one_open_think(opened: str) -> None:
     )
     assert "<think> </think>" in prompts.SYSTEM_PROMPT and "<answer> </answer>" in prompts.SYSTEM_PROMPT
     assert render_prompt(tokenizer(None), question).count(question) == 1
+
+
+# What the models' own templates come to for a system message and a question; raise_exception is transformers'.
+DEEPSEEK_R1_DISTILL = (
+    "{% set ns = namespace(system_prompt='') %}{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{% set ns.system_prompt = message['content'] %}{% endif %}{% endfor %}{{ bos_token }}{{ ns.system_prompt }}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+QWEN3 = CHATML.replace(
+    "assistant\n",
+    "assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}",
+)
+NOT_UNLESS_TOLD = QWEN3.replace("is defined and enable_thinking is false", "is not defined or enable_thinking is false")
+NEVER = CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
+ALTERNATE = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}" + ALTERNATE + "{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] | trim"
+    " + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+MISTRAL = "{{ bos_token }}" + ALTERNATE + "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endfor %}"
+BARE = "{{ messages[-1].content }}"  # nothing behind the question
+
+
+@pytest.mark.parametrize(
+    "question", ["What is 7 + 7?", "What does <think> do?", "7 <think>", "<think>", "<think> </think>"]
+)
+@pytest.mark.parametrize(
+    ("template", "start", "end"),
+    [
+        (DEEPSEEK_R1_DISTILL, "<s>{system}<｜User｜>{question}", "<｜Assistant｜><think>\n"),
+        (CHATML, "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}", "assistant\n<think>"),
+        (QWEN3, "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}", "assistant\n<think>"),
+        (NOT_UNLESS_TOLD, "<|im_start|>system\n{system}<|im_end|>\n", "assistant\n<think>"),
+        (NEVER, "<|im_start|>system\n{system}<|im_end|>\n", "assistant\n<think>"),
+        (GEMMA, "<s><start_of_turn>user\n{system}\n\n{question}", "<start_of_turn>model\n<think>"),
+        (MISTRAL, "<s>[INST] {system}\n\n{question}", " [/INST]<think>"),
+        (BARE, "{question}", "<think>"),
+    ],
+)
+def test_the_thinking_is_opened_once(template: str, start: str, end: str, question: str) -> None:
+    chat = tokenizer(template)
+    chat.bos_token = "<s>"
+    prompt = render_prompt(chat, question)
+    assert prompt.startswith(start.format(system=prompts.SYSTEM_PROMPT, question=question))
+    body = prompt.removeprefix(start.format(system=prompts.SYSTEM_PROMPT, question=question))
+    assert body.endswith(end) and body.count("<think>") == 1 + (("{question}" not in start) * question.count("<think>"))
+    assert "</think>" not in body or "{question}" not in start
+    assert render_prompt(chat, question, "chat") == prompt
+    assert render_prompt(chat, question, "base") == prompts.BASE_TEMPLATE.format(question=question)
+
+
+def test_template_option() -> None:
+    plain = tokenizer(None)
+    assert render_prompt(plain, "Why?", "base") == render_prompt(plain, "Why?")
+    with pytest.raises(UsageError) as error:
+        render_prompt(plain, "Why?", "chat")
+    assert one_line(error).startswith("--template chat: ")
+    with pytest.raises(UsageError) as error:
+        render_prompt(tokenizer("{{ raise_exception('no\nwords') }}"), "Why?")
+    assert one_line(error).startswith("--template chat: ") and "no words" in str(error.value)
+
+
+# --- questions of the user -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["44 19 35 = 98", "44, 19, 35 = 98", "[44, 19, 35] = 98", " 44  19,35=98 ", "44 ,19\n35= 98"]
+)
+def test_a_countdown_problem_is_asked_as_one(text: str) -> None:
+    assert prompts.ask_question("countdown", text) == prompts.read_countdown({"target": 98, "nums": [44, 19, 35]})
+
+
+def test_other_questions_are_asked_as_the_task_asks() -> None:
+    assert prompts.ask_question("countdown", "5 = 5")["answer"] == {"numbers": [5], "target": 5}
+    assert prompts.ask_question("countdown", "2 2 = 1000")["answer"] == {"numbers": [2, 2], "target": 1000}
+    for text in (
+        "Why?",
+        "44 19 35",
+        "44 19 = ",
+        "1 2 = 3 = 4",
+        "1.5 2 = 3",
+        "-1 2 = 1",
+        "",
+        "= 3",
+        "1 2 = " + "9" * 99,
+    ):
+        assert prompts.ask_question("countdown", text) == {"question": text, "answer": None}
+    for task in ("gsm8k", "math"):
+        asked = prompts.ask_question(task, "How many {eggs}?")
+        columns = {"question": "How many {eggs}?", "problem": "How many {eggs}?", "answer": "#### 3"}
+        assert asked == prompts.TASKS[task].read(columns) | {"answer": None}
+    with pytest.raises(UsageError, match="^--task chess: "):
+        prompts.ask_question("chess", "e4")
+
+
+# --- a task of one's own ---------------------------------------------------------------------------------------------
+
+
+def add(rng: random.Random) -> dict:
+    a, b = rng.randrange(30), rng.randrange(30)
+    return {"question": f"{a} + {b}?", "answer": {"gold": str(a + b)}}
+
+
+def test_a_generated_task_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(prompts.TASKS, "mine", prompts.Task(gsm8k_reward, generate=add))
+    options = {"operands": 3, "operand_range": [1, 9], "target_range": [1, 99]}  # Countdown's, which main passes on
+    question_at, held_out = load_questions("mine", "", 0, 150, **options)
+    train = [question_at(i) for i in range(3000)]
+    assert len(texts(held_out)) == len(held_out) == 150 and not texts(train) & texts(held_out)
+    assert len(texts(train)) > 500  # of 900
+    assert question_at(7) == train[7] and load_questions("mine", "", 1, 150)[1] == held_out
+    assert load_questions("mine", "", 1, 150)[0](7) != train[7]
+    assert load_questions("mine", "", 0, 150, eval_only=True) == (None, held_out)
+    assert prompts.ask_question("mine", "2 + 2?") == {"question": "2 + 2?", "answer": None}
+    for eval_questions, message in ((900, "--eval_questions 900: there are only 2"), (-1, "--eval_questions -1")):
+        with pytest.raises(UsageError) as error:
+            load_questions("mine", "", 0, eval_questions)
+        assert one_line(error).startswith(message)
+    with pytest.raises(UsageError) as error:
+        load_questions("mine", "data.jsonl", 0, 8)
+    assert one_line(error).startswith("--dataset data.jsonl: there is no such file")
+
+
+def test_a_generator_of_too_few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(prompts.TASKS, "one", prompts.Task(gsm8k_reward, generate=lambda rng: {"question": "1 + 1?"}))
+    for eval_questions in (0, 1):
+        with pytest.raises(UsageError) as error:
+            load_questions("one", "", 0, eval_questions)
+    assert one_line(error).startswith("--task one: 1000 questions were made, and none is")
+
+
+def test_a_task_of_ones_own_reads_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(row: dict) -> dict | None:
+        return {"question": row["q"], "answer": {"gold": row["a"]}} if row["a"] else None
+
+    monkeypatch.setitem(prompts.TASKS, "mine", prompts.Task(gsm8k_reward, columns=(("q", "a"),), read=read))
+    path = write(tmp_path / "data.jsonl", [{"q": f"Is it {n}?", "a": str(n)} for n in range(60)])
+    question_at, held_out = load_questions("mine", path, 0, 1000)
+    assert not texts([question_at(i) for i in range(60 - len(held_out))]) & texts(held_out)
+    assert question_at(0)["question"] == f"Is it {question_at(0)['answer']['gold']}?"
+    with pytest.raises(UsageError) as error:
+        load_questions("mine", "", 0, 8)
+    assert "--task mine makes no questions of its own" in one_line(error)
+
+
+def test_the_example_in_the_docstring_works() -> None:
+    example = prompts.__doc__.partition(":\n\n")[2].rpartition("    sys.exit")[0]
+    code = (
+        "import prompts, rewards\nif True:\n" + example + "    print(prompts.load_questions('double', '', 0, 64)[0](0))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(prompts.__file__).parent
+    )
+    assert run.stdout.startswith("{'question': 'Twice ") and not run.stderr
 
 
 # --- the Countdown generator -----------------------------------------------------------------------------------------
@@ -177,7 +337,7 @@ def test_numbers_are_uniform_and_independent() -> None:
 
 
 def test_generated_questions_are_a_function_of_seed_and_place() -> None:
-    question_at, held_out = load_questions("countdown", None, seed=0, eval_questions=512)
+    question_at, held_out = load_questions("countdown", "", seed=0, eval_questions=512)
     again, held_out_again = load_questions("countdown", "", seed=1, eval_questions=512)
     assert held_out == held_out_again
     assert load_questions("countdown", "", seed=1, eval_questions=100)[1] == held_out[:100]
@@ -216,7 +376,7 @@ def test_generated_questions_are_a_function_of_seed_and_place() -> None:
         ({"target_range": (5000, 6000), "eval_questions": 0}, "--target_range 5000 6000: no training problem"),
         ({"eval_questions": 5000}, "--eval_questions 5000: there are only 5"),
         ({"eval_questions": -1}, "--eval_questions -1: "),
-        ({"task": "chess"}, "--task chess: there are countdown, gsm8k; try countdown"),
+        ({"task": "chess"}, "--task chess: there are countdown, gsm8k, math; try countdown"),
     ],
 )
 def test_options_that_cannot_work(options: dict, message: str) -> None:
@@ -248,6 +408,14 @@ def gsm8k_rows(count: int) -> list[dict]:
     ]
 
 
+def math_rows(count: int) -> list[dict]:
+    """Rows as DeepScaleR-Preview-Dataset has them."""
+    return [
+        {"problem": f"Simplify $\\sqrt{{{n * n}}}$.", "answer": f"\\frac{{{n}}}{{1}}", "solution": "By hand."}
+        for n in range(1, count + 1)
+    ]
+
+
 def write(path: Path, rows: list[dict]) -> str:
     table = datasets.Dataset.from_list(rows)
     if path.suffix == ".json":
@@ -266,14 +434,14 @@ def texts(questions: list[dict]) -> Counter:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
-@pytest.mark.parametrize("task", ["countdown", "gsm8k"])
+@pytest.mark.parametrize("task", ["countdown", "gsm8k", "math"])
 def test_local_file(task: str, suffix: str, tmp_path: Path) -> None:
-    rows = {"countdown": countdown_rows, "gsm8k": gsm8k_rows}[task](120)
+    rows = {"countdown": countdown_rows, "gsm8k": gsm8k_rows, "math": math_rows}[task](120)
     path = write(tmp_path / f"data{suffix}", rows)
     question_at, held_out = load_questions(task, path, seed=0, eval_questions=1000)  # more than there are: all of them
     size = 120 - len(held_out)
     assert 15 < len(held_out) < 60
-    expected = [prompts.TASKS[task]["read"](row) for row in rows]
+    expected = [prompts.TASKS[task].read(row) for row in rows]
     # Each pass has every training row once, in an order of its own; together with the held-out rows that is the file.
     passes = [[question_at(i) for i in range(start, start + size)] for start in (0, size, 7 * size)]
     for one in passes:
@@ -360,7 +528,7 @@ def test_unusable_rows_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixt
     path = write(tmp_path / "data.jsonl", rows)
     question_at, held_out = load_questions("countdown", path, 0, 1000)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"{path}: 2 of 100 rows have no usable answer, the first is row 5"]
+    assert lines == [f"--dataset {path}: 2 of 100 rows have no usable answer: 5, 10"]
     every = texts([question_at(i) for i in range(98 - len(held_out))]) + texts(held_out)
     assert every == texts([prompts.read_countdown(row) for row in rows if row not in (rows[4], rows[9])])
 
@@ -398,7 +566,7 @@ BROKEN = {
         b'{"goal": 3, "numbers": [1, 2]}\n',
         "has the columns goal, numbers; --task countdown reads target and",
     ),
-    "useless.jsonl": (b'{"target": 3, "nums": []}\n', "0 rows to train on and 0 held out"),
+    "useless.jsonl": (b'{"target": 3, "nums": []}\n', "no row of 1 has a usable answer"),
     "one.jsonl": (b'{"target": 3, "nums": [1, 2]}\n', "both need some"),
 }
 
@@ -412,10 +580,7 @@ def test_broken_file(name: str, tmp_path: Path, capfd: pytest.CaptureFixture) ->
     with pytest.raises(UsageError) as error:
         load_questions("countdown", str(tmp_path / name), 0, 8)
     assert message in one_line(error) and f"--dataset {tmp_path / name}: " in str(error.value)
-    printed = capfd.readouterr()
-    assert not printed.out and len(printed.err.splitlines()) == (
-        name == "useless.jsonl"
-    )  # nothing else on the terminal
+    assert capfd.readouterr() == ("", "")  # nothing else on the terminal
 
 
 def test_a_broken_file_is_reported_by_one_line_alone(tmp_path: Path) -> None:
@@ -455,7 +620,7 @@ def on_the_hub(monkeypatch: pytest.MonkeyPatch, **splits: list[dict]) -> list[tu
 def test_gsm8k_has_splits_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = gsm8k_rows(50)
     calls = on_the_hub(monkeypatch, train=rows[:30], test=rows[30:])
-    question_at, held_out = load_questions("gsm8k", None, seed=0, eval_questions=1000)
+    question_at, held_out = load_questions("gsm8k", "", seed=0, eval_questions=1000)
     assert calls == [(("openai/gsm8k", "main"), {})]
     assert texts(held_out) == texts([prompts.read_gsm8k(row) for row in rows[30:]])
     assert texts([question_at(i) for i in range(30)]) == texts([prompts.read_gsm8k(row) for row in rows[:30]])
@@ -476,7 +641,7 @@ def test_tinyzeros_dataset_is_cut_by_position(monkeypatch: pytest.MonkeyPatch) -
     name = "Jiayi-Pan/Countdown-Tasks-3to4"
     assert prompts.HUB_CUTS[name] == (327_680, 1_024)
     monkeypatch.setitem(prompts.HUB_CUTS, name, (40, 8))
-    rows = countdown_rows(60)
+    rows = [{"target": 100 + n, "nums": [n + 1, 99]} for n in range(60)]
     on_the_hub(monkeypatch, train=rows)
     question_at, held_out = load_questions("countdown", name, seed=0, eval_questions=1000)
     assert texts(held_out) == texts([prompts.read_countdown(row) for row in rows[40:48]])
@@ -511,6 +676,286 @@ def test_hub_errors(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
         load_questions("gsm8k", "", 0, 8)
     assert one_line(usage_error).startswith("--dataset openai/gsm8k: ")
     assert " ".join(str(error).split()) in str(usage_error.value)
+
+
+# --- mathematics, evaluation on another dataset, prompts that are too long -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "gold"),
+    [
+        ({"problem": "P", "answer": "\\frac{3}{4}"}, "\\frac{3}{4}"),
+        ({"problem": "P", "answer": " 204 "}, "204"),
+        ({"problem": "P", "answer": 204}, "204"),
+        ({"problem": "P", "answer": "$\\boxed{7}$"}, "7"),
+        ({"problem": "P", "answer": "", "solution": "\\boxed{7}"}, None),
+        ({"problem": "P", "answer": None}, None),
+        ({"problem": "P", "answer": float("nan")}, None),
+        ({"problem": "P", "answer": True}, None),
+        ({"problem": "P", "answer": [7]}, None),
+        ({"problem": "P", "answer": "9" * 2000}, None),
+        ({"problem": None, "answer": "7"}, None),
+        ({"problem": ["P"], "answer": "7"}, None),
+        ({"problem": "P", "solution": "So \\boxed{1}, no, $\\boxed{\\frac{1}{2}}$."}, "\\frac{1}{2}"),
+        ({"problem": "P", "solution": "\\boxed{\\left\\{ 1 \\right.} and }"}, "\\left\\{ 1 \\right."),
+        ({"problem": "P", "solution": "\\boxed{1"}, None),
+        ({"problem": "P", "solution": "The answer is 7."}, None),
+        ({"problem": "P", "solution": "\\boxed{}"}, None),
+        ({"problem": "P", "solution": None}, None),
+        ({"problem": "P", "solution": "\\boxed{" * 50_000}, None),
+    ],
+)
+def test_rows_of_mathematics(row: dict, gold: str | None) -> None:
+    question = prompts.read_math(row)
+    assert (question and question["answer"]) == (gold and {"gold": gold})
+    assert not question or question["question"].startswith("P Show your work in <think> </think> tags.")
+
+
+# The hub's datasets, as far as their cards tell: columns, forms and splits; a few rows of each.
+DEEPSCALER = {"train": math_rows(40)}
+AIME_2024 = {
+    "train": [
+        {"id": n, "problem": f"Find $m+n+{n}$.", "solution": f"It is $\\boxed{{{n:03}}}$.", "answer": f"{n:03}"}
+        | {"url": "https://artofproblemsolving.com/wiki", "year": "2024"}
+        for n in range(60, 90)
+    ]
+}
+MATH_500 = {
+    "test": [
+        {"problem": f"Compute ${n}^2$.", "solution": f"$\\boxed{{{n * n}}}$", "answer": str(n * n)}
+        | {"subject": "Algebra", "level": 1, "unique_id": f"test/algebra/{n}.json"}
+        for n in range(50)
+    ]
+}
+MATH = {
+    split: [
+        {"problem": f"Halve ${n}$ ({split}).", "level": "Level 1", "type": "Algebra"}
+        | {"solution": f"$\\boxed{{\\frac{{{n}}}{{2}}}}$"}
+        for n in range(20)
+    ]
+    for split in ("train", "test")
+}
+HUB = {
+    "openai/gsm8k": {"train": gsm8k_rows(30), "test": gsm8k_rows(50)[30:]},
+    "agentica-org/DeepScaleR-Preview-Dataset": DEEPSCALER,
+    "HuggingFaceH4/aime_2024": AIME_2024,
+    "HuggingFaceH4/MATH-500": MATH_500,
+    "EleutherAI/hendrycks_math": MATH,
+}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    asked = []
+
+    def load_dataset(name: str, config: str | None = None) -> datasets.DatasetDict:
+        asked.append(name)
+        assert config == {"openai/gsm8k": "main"}.get(name)
+        return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in HUB[name].items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def asked_of(task: str, rows: list[dict]) -> Counter:
+    return texts([prompts.TASKS[task].read(row) for row in rows])
+
+
+def test_mathematics_trains_on_deepscaler_and_is_evaluated_on_aime(hub: list[str], capsys) -> None:
+    question_at, held_out = load_questions("math", "", 0, 1000)
+    assert texts(held_out) == asked_of("math", AIME_2024["train"]) and len(held_out) == 30
+    assert texts([question_at(i) for i in range(40)]) == asked_of("math", DEEPSCALER["train"])
+    assert sorted(hub) == sorted(["HuggingFaceH4/aime_2024", "agentica-org/DeepScaleR-Preview-Dataset"])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_eval_dataset(hub: list[str], capsys) -> None:
+    question_at, held_out = load_questions("math", "", 0, 1000, "HuggingFaceH4/MATH-500")
+    assert texts(held_out) == asked_of("math", MATH_500["test"])
+    assert texts([question_at(i) for i in range(40)]) == asked_of("math", DEEPSCALER["train"])
+    question_at, held_out = load_questions("math", "HuggingFaceH4/MATH-500", 0, 1000, "EleutherAI/hendrycks_math")
+    assert texts(held_out) == asked_of("math", MATH["test"])
+    assert texts([question_at(i) for i in range(50)]) == asked_of("math", MATH_500["test"])
+    # the same dataset twice is as if it had been named once
+    name = "agentica-org/DeepScaleR-Preview-Dataset"
+    once, twice = load_questions("math", name, 0, 9), load_questions("math", name, 0, 9, name)
+    assert (
+        once[1] == twice[1]
+        and once[0](5) == twice[0](5)
+        and not texts(once[1]) & texts([once[0](i) for i in range(99)])
+    )
+    assert load_questions("gsm8k", "", 0, 9)[1] == load_questions("gsm8k", "", 0, 9, "openai/gsm8k")[1]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_evaluated_is_not_trained_on(tmp_path: Path, capsys) -> None:
+    rows = countdown_rows(400)
+    rows = list({prompts.countdown_key(row["nums"], row["target"]): row for row in rows}.values())
+    train, other = write(tmp_path / "train.jsonl", rows), write(tmp_path / "eval.jsonl", rows[:25])
+    question_at, held_out = load_questions("countdown", train, 0, 9, other)  # however many of the 25 are asked
+    rest = asked_of("countdown", rows[25:])
+    assert texts([question_at(i) for i in range(len(rows) - 25)]) == rest and len(held_out) == 9
+    assert capsys.readouterr().err == f"{train}: 25 of its rows are also in the evaluation, and not trained on\n"
+    # problems made on the spot are not those of the file either, in whatever order
+    question_at, held_out = load_questions("countdown", "", 0, 1000, other, operands=3)
+    evaluated = {prompts.countdown_key(**question["answer"]) for question in held_out}
+    assert len(evaluated) == 25
+    assert not evaluated & {prompts.countdown_key(**question_at(i)["answer"]) for i in range(4000)}
+    with pytest.raises(UsageError) as error:
+        load_questions("countdown", other, 0, 9, train)
+    assert one_line(error).startswith(f"--dataset {other}: the evaluation asks all its questions")
+
+
+def test_eval_only(hub: list[str], tmp_path: Path, capsys) -> None:
+    def evaluated(*args, **options) -> Counter:
+        question_at, held_out = load_questions(*args, **options, eval_only=True)
+        assert question_at is None
+        return texts(held_out)
+
+    aime, math_500 = "HuggingFaceH4/aime_2024", "HuggingFaceH4/MATH-500"
+    assert evaluated("math", "", 0, 1000) == asked_of("math", AIME_2024["train"]) and hub == [aime]
+    assert evaluated("math", "", 0, 1000, math_500) == asked_of("math", MATH_500["test"]) and hub == [aime, math_500]
+    assert evaluated("math", math_500, 0, 1000) == asked_of("math", MATH_500["test"])
+    assert evaluated("gsm8k", "", 0, 1000) == asked_of("gsm8k", HUB["openai/gsm8k"]["test"])
+    assert capsys.readouterr() == ("", "")
+    assert evaluated("math", aime, 0, 1000) == asked_of("math", AIME_2024["train"])
+    assert capsys.readouterr().err == (
+        f"evaluating all 30 rows of {aime}, which has no test split: "
+        "a model trained on this file has seen most of them\n"
+    )
+    quarter = evaluated("math", aime, 0, 1000, resume="runs/one")
+    assert 0 < len(quarter) < 20 and quarter == texts(load_questions("math", aime, 0, 1000)[1])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("option", ["dataset", "eval_dataset"])
+def test_errors_name_the_option(option: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"id": 1, "text": "x"}\n')
+    with pytest.raises(UsageError) as error:
+        load_questions("math", seed=0, eval_questions=8, **{"dataset": "", option: str(path)})
+    assert one_line(error) == (
+        f"--{option} {path}: has the columns id, text; --task math reads problem and answer or problem and solution; "
+        "try a dataset with these"
+    )
+    write(path, gsm8k_rows(9))
+    with pytest.raises(UsageError) as error:
+        load_questions("math", seed=0, eval_questions=8, **{"dataset": "", option: str(path)})
+    assert one_line(error).endswith("; try --task gsm8k")
+
+
+def test_mixed_types(tmp_path: Path, capsys) -> None:
+    """Newer versions of datasets keep what they find, older ones refuse it: named rows, or one line."""
+    rows = math_rows(80)
+    for place, answer in enumerate([[1], {"a": 1}, None, True, "", 5, "x"]):
+        rows[place] = {"problem": f"Odd {place}", "answer": answer, "solution": None}
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        question_at, held_out = load_questions("math", str(path), 0, 1000)
+    except UsageError as error:
+        assert str(error).startswith(f"--dataset {path}: unreadable: ") and "\n" not in str(error)
+        return
+    assert len(held_out) + len(texts([question_at(i) for i in range(75 - len(held_out))])) == 75
+    assert capsys.readouterr().err == f"--dataset {path}: 5 of 80 rows have no usable answer: 1, 2, 3, 4, 5\n"
+
+
+def test_json_with_its_rows_under_data(tmp_path: Path) -> None:
+    rows, path = math_rows(60), tmp_path / "data.json"
+    path.write_text(json.dumps({"version": 1, "data": rows}))
+    question_at, held_out = load_questions("math", str(path), 0, 1000)
+    assert texts([question_at(i) for i in range(60 - len(held_out))]) + texts(held_out) == asked_of("math", rows)
+
+
+def test_a_folder_with_a_copy_of_a_hub_dataset(tmp_path: Path) -> None:
+    rows = gsm8k_rows(50)
+    card = "---\nconfigs:\n"
+    for config in ("socratic", "main"):
+        card += f"- config_name: {config}\n  data_files:\n"
+        (tmp_path / "gsm8k" / config).mkdir(parents=True)
+        for split, part in (("train", rows[:30]), ("test", rows[30:])):
+            write(
+                tmp_path / "gsm8k" / config / f"{split}-00000-of-00001.parquet", part if config == "main" else rows[:1]
+            )
+            card += f"  - split: {split}\n    path: {config}/{split}-*\n"
+    (tmp_path / "gsm8k/README.md").write_text(card + "---\n")
+    for folder in ("gsm8k", "gsm8k/main"):
+        question_at, held_out = load_questions("gsm8k", str(tmp_path / folder), 0, 1000)
+        assert texts(held_out) == asked_of("gsm8k", rows[30:])
+        assert texts([question_at(i) for i in range(30)]) == asked_of("gsm8k", rows[:30])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError) as error:
+        load_questions("gsm8k", str(tmp_path / "empty"), 0, 8)
+    assert one_line(error).startswith(f"--dataset {tmp_path / 'empty'}: unreadable: ")
+    with pytest.raises(UsageError) as error:
+        load_questions("gsm8k", str(tmp_path / "missing"), 0, 8)
+    assert "there is no such file" in one_line(error)
+
+
+def test_without_a_hub(capfd) -> None:
+    """HF_HUB_OFFLINE, which conftest.py sets, and no network end alike: in datasets' ConnectionError."""
+    for option, given in (("dataset", ("nobody/nothing",)), ("eval_dataset", ("", 0, 8, "nobody/nothing"))):
+        with pytest.raises(UsageError) as error:
+            load_questions("math", *(given if len(given) > 1 else (*given, 0, 8)))
+        message = one_line(error)
+        assert message.startswith(f"--{option} nobody/nothing: could not be fetched from the Hugging Face hub (")
+        assert f"try --{option} with a folder or file" in message and "default recipe, which needs nothing" in message
+    assert capfd.readouterr() == ("", "")
+
+
+def bytes_tokenizer(model_max_length: int = 64) -> PreTrainedTokenizerFast:
+    """A token for each byte: as many as a tokenizer can make of a text. And a BOS that the base template needs."""
+    vocabulary = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>"])}
+    made = Tokenizer(BPE(vocabulary, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", model_max_length=model_max_length)
+
+
+@pytest.mark.parametrize("template", ["base", "chat"])
+@pytest.mark.parametrize("place", [4, 40])
+def test_a_prompt_that_is_too_long_names_its_row(template: str, place: int, tmp_path: Path, capfd) -> None:
+    rows = math_rows(60)
+    rows[place]["problem"] = "é" * 500
+    path, text = write(tmp_path / "data.jsonl", rows), bytes_tokenizer()
+    text.chat_template = CHATML
+    prompt = render_prompt(text, prompts.read_math(rows[place])["question"], template)
+    needed = len(prompt.encode()) + (template == "base")
+    options = {"tokenizer": text, "template": template, "max_new_tokens": 1024}
+    text.model_max_length = needed + 1024
+    question_at, held_out = load_questions("math", path, 0, 1000, **options)
+    assert len(held_out) + len(texts([question_at(i) for i in range(60 - len(held_out))])) == 60
+    text.model_max_length = needed + 1023
+    for also, option in (({}, "dataset"), ({"eval_dataset": path}, "eval_dataset")):
+        with pytest.raises(UsageError) as error:
+            given = {"dataset": write(tmp_path / "short.jsonl", math_rows(9)) if also else path} | also
+            load_questions("math", seed=0, eval_questions=0, **given, **options)
+        assert one_line(error) == (
+            f"--{option} {path}: row {place + 1} makes a prompt of {needed:,} tokens, and the model has room for "
+            f"{needed - 1:,} beside --max_new_tokens 1024; try a dataset with shorter questions or a smaller "
+            "--max_new_tokens"
+        )
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_prompt_that_is_too_long_names_its_split_and_a_generated_one_its_task(hub: list[str]) -> None:
+    options = {"tokenizer": bytes_tokenizer(400), "max_new_tokens": 10}
+    with pytest.raises(UsageError, match="^--dataset openai/gsm8k: row 1 of its test split makes a prompt of"):
+        load_questions("gsm8k", "", 0, 8, **options)
+    with pytest.raises(UsageError, match="^--task countdown: held-out question 1 makes a prompt of"):
+        load_questions("countdown", "", 0, 8, **options)
+    with pytest.raises(UsageError) as error:
+        load_questions("countdown", "", 0, 8, **options | {"max_new_tokens": 400})
+    assert one_line(error).startswith("--max_new_tokens 400: the model reads 400 in all; try 200")
+
+
+def test_only_prompts_that_may_be_too_long_are_tokenized(tmp_path: Path) -> None:
+    text, calls = bytes_tokenizer(2048), []
+    text.chat_template = CHATML
+    apply = text.apply_chat_template
+    text.apply_chat_template = lambda *args, **kwargs: calls.append(args) or apply(*args, **kwargs)
+    load_questions("math", write(tmp_path / "d.jsonl", math_rows(99)), 0, 9, tokenizer=text)
+    assert len(calls) <= 2
 
 
 def test_importing_has_no_side_effect() -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 import R1ZeroTrain
 from prompts import countdown_question, is_held_out, load_questions, render_prompt
-from R1ZeroTrain import Config, Rollout, generate, load_policy, main, parse_config
+from R1ZeroTrain import Config, Rollout, generate, load_policy, load_tokenizer, main, parse_config
 from rewards import countdown_reward, format_reward
 
 NOTEBOOKS = Path(R1ZeroTrain.__file__).parent / "notebooks"
@@ -42,7 +42,7 @@ def corpus(growing: ModuleType) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base() -> tuple:
-    return load_policy(str(FOLDER))
+    return load_policy(str(FOLDER)), load_tokenizer(str(FOLDER))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def held_out() -> list[dict]:
 @pytest.fixture(scope="module")
 def sampled(base: tuple, held_out: list[dict]) -> Rollout:
     """What the untrained model makes of 256 held-out questions, once each at temperature 1."""
-    return generate(*base, held_out, 1, Config(max_new_tokens=200), "test", lambda message: None)
+    return generate(*base, held_out, 1, Config(max_new_tokens=200), "test", lambda phase, ids: None)
 
 
 def survives(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
@@ -76,7 +76,7 @@ def test_it_is_small_and_opens_like_any_model(base: tuple) -> None:
     policy, tokenizer = base  # AutoModelForCausalLM, AutoTokenizer
     assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 4e6
     assert policy.config.vocab_size == len(tokenizer)
-    assert tokenizer.eos_token_id in R1ZeroTrain.eos_ids(policy, tokenizer)
+    assert tokenizer.eos_token_id == policy.generation_config.eos_token_id
 
 
 def test_every_text_of_the_corpus_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase, corpus: list[str]) -> None:

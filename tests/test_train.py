@@ -22,7 +22,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import R1ZeroTrain
-from R1ZeroTrain import Config, Rollout, generate, load_policy, main, parse_config, sample, token_logprobs, update
+from prompts import TASKS as REGISTRY
+from R1ZeroTrain import (
+    Config,
+    Rollout,
+    generate,
+    load_policy,
+    load_tokenizer,
+    main,
+    parse_config,
+    sample,
+    token_logprobs,
+    update,
+)
 
 ROOT = Path(R1ZeroTrain.__file__).parent
 QUESTIONS = ["Why?", "And what is this, then?", "So?", "Which word of this question is the longest of all?"]
@@ -30,7 +42,7 @@ ANSWER = {"numbers": [1, 2], "target": 3}
 TASKS = [{"question": question, "answer": ANSWER, "index": i} for i, question in enumerate(QUESTIONS)]
 
 
-def progress(message: str) -> None:
+def progress(message: str, ids: Tensor | None = None) -> None:
     pass
 
 
@@ -45,7 +57,7 @@ def config(**options: object) -> Config:
 
 def load(folder: Path, eos: int = 0) -> tuple:
     """Policy and tokenizer; `eos` of the 256 bytes end a completion, as <|endoftext|> does: now one, now another."""
-    policy, tokenizer = load_policy(str(folder))
+    policy, tokenizer = load_policy(str(folder)), load_tokenizer(str(folder))
     policy.generation_config.eos_token_id = list(range(0, 256, 256 // eos)) if eos else None
     return policy, tokenizer
 
@@ -142,7 +154,7 @@ def test_a_tokenizer_that_pads_with_eos_changes_nothing(tiny_llama: Path) -> Non
 
 
 def test_a_model_that_has_no_eos_is_cut_off_at_the_limit(tiny_llama: Path) -> None:
-    policy, tokenizer = load_policy(str(tiny_llama))
+    policy, tokenizer = load_policy(str(tiny_llama)), load_tokenizer(str(tiny_llama))
     policy.generation_config.eos_token_id = tokenizer.eos_token = None
     rollout = roll_out(policy, tokenizer, config())
     assert rollout.truncated.all() and (rollout.lengths == 24).all()
@@ -426,7 +438,7 @@ KEYS = ["step", "reward", "accuracy", "format", "length", "truncated"]
 KEYS += ["kl", "entropy", "clip_fraction", "logp_gap", "grad_norm", "lr"]
 TIMINGS = ["completion_tokens_per_second", "seconds"]
 EVAL_OPTIONS = ["--eval_only", "--eval_questions", "4", "--max_new_tokens", "12", "--device", "cpu"]
-EVAL_KEYS = ["eval_pass@1", "eval_length", "eval_format", "eval_truncated"]
+EVAL_KEYS = [f"eval_{name}{more}" for name in ("pass@1", "length", "format", "truncated") for more in ("", "_interval")]
 
 
 def run(model: Path, run_dir: Path, *more: object) -> Path:
@@ -462,7 +474,7 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 def _trivial_reward() -> Iterator[None]:
     """Rewards a small letter, and makes an import of wandb fail: only --wandb may want it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(R1ZeroTrain.REWARDS, "countdown", letter_reward)
+        patch.setitem(REGISTRY, "countdown", dataclasses.replace(REGISTRY["countdown"], reward=letter_reward))
         patch.setitem(sys.modules, "wandb", None)
         yield
 
@@ -489,7 +501,7 @@ def test_metrics_have_every_documented_key_and_each_step_once(finished: Path) ->
     for line in lines:
         evaluated = line["step"] in (0, STEPS)
         assert set(line) == {*KEYS, *TIMINGS, *(EVAL_KEYS if evaluated else [])}
-        assert all(isinstance(value, int | float) for value in line.values())
+        assert all(isinstance(value, int | float) for key, value in line.items() if not key.endswith("_interval"))
         assert line["logp_gap"] < 1e-4
         assert 0 <= line["accuracy"] <= 1 and 0 < line["length"] <= 12 and line["entropy"] > 0
         assert line["reward"] == pytest.approx(line["accuracy"] + 0.1 * line["format"])
@@ -625,9 +637,8 @@ def test_evaluation_is_a_function_of_the_weights(finished: Path, tiny_llama: Pat
 
 
 def test_a_model_without_a_chat_template_gets_the_base_template(tiny_llama: Path, tmp_path: Path) -> None:
-    _, tokenizer = load_policy(str(tiny_llama))
+    policy, tokenizer = load_policy(str(tiny_llama)), load_tokenizer(str(tiny_llama))
     tokenizer.chat_template = None
-    policy, _ = load_policy(str(tiny_llama))
     rollout = roll_out(policy, tokenizer, config(max_new_tokens=2), TASKS[:1])
     assert rollout.prompts[0].startswith("A conversation between User and Assistant.")
     assert rollout.text[0].startswith("<think>")
@@ -637,14 +648,16 @@ def test_wandb_logs_each_line_offline(tiny_llama: Path, tmp_path: Path, monkeypa
     calls: list[tuple[str, dict]] = []
     logged: list[dict] = []
     fake = SimpleNamespace(
+        __spec__=SimpleNamespace(),  # Accelerate looks for it to see whether wandb is installed
         init=lambda **options: calls.append(("init", options)) or fake,
+        config=SimpleNamespace(update=lambda values, **_: calls.append(("config", values))),
         log=lambda line, **_: logged.append(line),
         finish=lambda **_: calls.append(("finish", {})),
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run_dir = run(tiny_llama, tmp_path / "run", "--wandb", "--steps", 1)
-    (_, options), *rest = calls
-    assert options["mode"] == "offline" and Path(options["dir"]) == run_dir and options["config"]["lr"] == 0.01
+    (_, options), (_, values), *rest = calls
+    assert options["mode"] == "offline" and Path(options["dir"]) == run_dir and values["lr"] == 0.01
     assert [line["reward"] for line in logged] == [line["reward"] for line in read_lines(run_dir)]
     assert rest == [("finish", {})]
 
