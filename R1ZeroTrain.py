@@ -16,8 +16,9 @@
 Shapes: Q questions a step, G completions a question, N = Q·G rows (question by question), P prompt tokens (padded
 left), T completion tokens (padded right), V vocabulary. Prompt and completion of a row meet at column P.
 
-Where it departs from the paper: the advantage divides by std + 1e-4 (as TRL does); the reference stays the first
-policy (the paper renews it every 400 steps). `--loss` offers the weightings of DAPO and Dr. GRPO beside the paper's.
+Where it departs from the paper: ratio and clip are taken of each token and averaged over a completion, as in GRPO's
+first paper (DeepSeekMath, arXiv 2402.03300), not of the completion as a whole; the advantage divides by std + 1e-4 (as
+TRL does); the reference stays the first policy. `--loss` offers the weightings of DAPO and Dr. GRPO besides.
 """
 
 import copy
@@ -25,7 +26,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -55,8 +55,8 @@ from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASK
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from prompts import TASKS, UsageError, ask_question, load_questions, render_prompt, uses_chat_template
-from rewards import evaluation, extract_answer, format_reward
+from prompts import TASKS, UsageError, load_questions, printable, render_prompt, uses_chat_template
+from rewards import evaluation, extract_answer, format_reward, sparkline, table
 
 # ---- Config: every option, its default and its meaning, once --------------------------------------------------------
 # Types that say which values can work, from the first to the second; 2**20 stands for "as many as you like".
@@ -75,9 +75,7 @@ def option(default: object, meaning: str) -> object:
 
 @dataclass
 class Config:
-    recipe: Literal["tiny", "tinyzero", "gsm8k", "mac", "deepscaler"] = option(
-        "tiny", "a named set of options, see below"
-    )
+    recipe: Literal["tiny", "tinyzero", "gsm8k", "mac", "deepscaler"] = option("tiny", "options by name, see below")
     # The policy and what it is asked
     model: str = option("notebooks/tiny-base", "policy to start from: a save_pretrained folder or a hub name")
     task: str = option("countdown", f"what is asked, and which reward grades it: {', '.join(TASKS)}")
@@ -91,7 +89,7 @@ class Config:
     steps: CountOrNone = option(36, "rollouts to train on")
     questions_per_step: Count = option(16, "Q: questions in a step, over all processes")
     group_size: Annotated[int, (2, 2**20)] = option(16, "G: completions sampled for each question")
-    max_new_tokens: Count = option(256, "T: tokens of the longest completion; longer ones are cut off, and fail")
+    max_new_tokens: Count = option(256, "T: tokens of the longest completion; longer ones are cut off there")
     temperature: Positive = option(1.0, "softmax temperature that completions are sampled and scored at")
     rollout_rows: Count = option(256, "completions sampled at once: bounds the KV cache")
     format_weight: Weight = option(0.1, "reward for a well-formed completion; a right answer earns 1")
@@ -111,7 +109,7 @@ class Config:
     eval_questions: Count = option(512, "held-out questions in an evaluation")
     eval_samples: Count = option(1, "K: completions sampled for each held-out question")
     eval_only: bool = option(False, "evaluate the model, and stop")
-    ask: str = option("", "ask the model this one question, and stop; a Countdown as '44 19 35 = 98'")
+    ask: str | None = option(None, "ask the model this one question, and stop; a Countdown as '44 19 35 = 98'")
     seed: Annotated[int, (0, 2**53)] = option(0, "all that is random follows from it")
     device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, else MPS, else CPU")
     dtype: Literal["float32", "bfloat16"] = option("float32", "precision of the computing; weights stay float32")
@@ -171,16 +169,17 @@ def parse_config(arguments: list[str]) -> Config:
     base, done = RECIPES[first.recipe][1].split(), 0
     if first.resume:
         saved = read_checkpoint(first.resume)
-        run_dir = "" if first.eval_only else first.resume  # an evaluation has files of its own
-        of_this_call = {"run_dir": run_dir, "eval_only": False, "ask": "", "wandb": False}
-        base, done = typed(saved["config"] | of_this_call), saved["step"]
+        of_one_call = ("run_dir", "eval_only", "ask", "wandb")
+        base, done = typed({k: v for k, v in saved["config"].items() if k not in of_one_call}), saved["step"]
+        arguments = arguments if first.eval_only else [*arguments, "--run_dir", first.resume]  # the same run, go on
     cfg = Config(**vars(parser.parse_args(base + arguments)))  # as if typed in front, so checked like the rest
     for name, kind in get_type_hints(Config, include_extras=True).items():
         for low, high in getattr(kind, "__metadata__", []):
             if not low <= getattr(cfg, name) <= high:
-                raise UsageError(
-                    f"--{name} {getattr(cfg, name)}: must be from {low} to {high}; try {getattr(Config, name)}"
-                )
+                raise UsageError(f"--{name} {getattr(cfg, name)}: must be {low} to {high}; try {getattr(Config, name)}")
+    for name in ("recipe", "model", "task", "seed") if first.resume and not first.eval_only else ():
+        if getattr(cfg, name) != (was := saved["config"][name]):
+            raise UsageError(f"--{name} {getattr(cfg, name)}: would be another run than {first.resume}; try {was}")
     if done > cfg.steps:
         raise UsageError(f"--steps {cfg.steps}: {cfg.resume} has done {done} already; try {2 * done}")
     return cfg
@@ -222,7 +221,8 @@ def model_files(model: str) -> Iterator[dict]:
             raise UsageError(f"--model {model}: the folder has no {part} ({files}); try notebooks/tiny-base")
     disable_progress_bar()
     try:
-        yield {"pretrained_model_name_or_path": str(folder or model), "local_files_only": folder is not None}
+        files = {"pretrained_model_name_or_path": str(folder or model), "local_files_only": folder is not None}
+        yield files | {"trust_remote_code": False}
     except Exception as error:  # of a damaged file each library raises its own kind; all are shown, and end the run
         reason = " ".join(str(error).split())[:300]
         works = "notebooks/tiny-base or another local folder, which need no hub"
@@ -243,19 +243,22 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         if lacks := {"past_key_values", "position_ids", "logits_to_keep"} - takes.keys():
             raise ValueError(f"a {config.model_type} model takes no {min(lacks)}")
         tokenizer = AutoTokenizer.from_pretrained(**files)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks come from lengths: EOS counts
+        # Any will do, as masks come from lengths: an EOS that ends a completion is trained all the same.
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         rope = getattr(config := config.get_text_config(), "rope_parameters", None) or {}
-        tokenizer.model_max_length = getattr(config, "max_position_embeddings", 2**20)
-        if rope.get("rope_type") == "longrope":  # past this, all positions are turned anew: the cache would be stale
-            tokenizer.model_max_length = rope["original_max_position_embeddings"]
+        # Past this, longrope turns all positions anew: the cache would be stale.
+        limit = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+        tokenizer.model_max_length = limit or getattr(config, "max_position_embeddings", 2**20)
         return tokenizer
 
 
 def load_policy(model: str) -> PreTrainedModel:
     """The model in float32: at lr 1e-6 an update is smaller than half a bfloat16 step, and would be lost."""
     with model_files(model) as files:
+        if getattr(AutoConfig.from_pretrained(**files).get_text_config(), "attn_logit_softcapping", None):
+            files["attn_implementation"] = "eager"  # Gemma 2: sdpa leaves the capping out before transformers 5.22
         policy, loaded = AutoModelForCausalLM.from_pretrained(
-            **files, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+            **files, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
         if loaded["missing_keys"]:  # transformers would go on with random weights in their place
             raise ValueError(f"it lacks the weights {sorted(loaded['missing_keys'])[:3]}")
@@ -367,7 +370,8 @@ def generate(
     prompt_ids, prompt_mask = padded["input_ids"].to(device), padded["attention_mask"].to(device).bool()  # [Q, P]
     room = tokenizer.model_max_length - prompt_ids.shape[1]
     if cfg.max_new_tokens > room:
-        raise UsageError(f"--max_new_tokens {cfg.max_new_tokens}: the prompts leave room for {room}; try {room}")
+        works = room if room > 0 else "a shorter question"
+        raise UsageError(f"--max_new_tokens {cfg.max_new_tokens}: the prompts leave room for {room}; try {works}")
     ends = policy.generation_config.eos_token_id  # chat models have several
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     eos = torch.tensor(sorted(ends), device=device)
@@ -378,10 +382,10 @@ def generate(
         parts.append(sample(policy, prompt_ids[chunk], prompt_mask[chunk], uniforms.to(device), eos, cfg, progress))
     ids, logp_sampled, lengths, truncated = (torch.cat(part) for part in zip(*parts, strict=True))
     # Only the EOS that ended a completion is left out of its text: special tokens elsewhere are what it wrote.
-    bodies = [row[:length] for row, length in zip(ids.tolist(), (lengths - (~truncated).long()).tolist(), strict=True)]
-    bodies = tokenizer.batch_decode(bodies, skip_special_tokens=False)
-    openings = ["<think>" + prompt.rpartition("<think>")[2] for prompt in prompts for _ in range(group_size)]
-    text = [opening + body for opening, body in zip(openings, bodies, strict=True)]
+    kept = (lengths - (~truncated).long()).tolist()
+    bodies = tokenizer.batch_decode([row[:n] for row, n in zip(ids.tolist(), kept, strict=True)])
+    openings = ["<think>" + prompt.rpartition("<think>")[2] for prompt in prompts]
+    text = [openings[i // group_size] + body for i, body in enumerate(bodies)]
     prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
     return Rollout(prompt_ids, prompt_mask, ids, lengths, logp_sampled, truncated, prompts, text)
 
@@ -437,14 +441,12 @@ def token_weights(lengths: Tensor, loss: str, max_new_tokens: int) -> Tensor:
     `grpo` 1/(len_i·N): the mean over rows of the mean over a row's tokens, eq. 1. `dapo` 1/Σlen: all tokens count
     alike (arXiv 2503.14476). `dr_grpo` 1/(N·max_new_tokens): the same, but a constant (arXiv 2503.20783).
     """
-    n = len(lengths)
-    if loss == "grpo":
-        return 1.0 / (lengths * n)
-    if loss == "dapo":
-        return torch.ones_like(lengths, dtype=torch.float32) / lengths.sum()
-    if loss == "dr_grpo":
-        return torch.full_like(lengths, 1.0 / (n * max_new_tokens), dtype=torch.float32)
-    raise ValueError(f"loss {loss!r} is none of grpo, dapo, dr_grpo")
+    n, ones = len(lengths), torch.ones_like(lengths, dtype=torch.float32)
+    return {
+        "grpo": ones / (lengths * n),
+        "dapo": ones / lengths.sum(),
+        "dr_grpo": ones / (n * max_new_tokens),
+    }[loss]
 
 
 def grpo_loss(
@@ -495,8 +497,7 @@ def update(
 ) -> dict[str, float]:
     """mu optimizer steps on one rollout, none at step cfg.steps. Returns means over the tokens of all processes.
 
-    On the first update logp_old is logp itself, so the ratio is exactly 1 and the loss has the value 0 but for the
-    KL term: its gradient is what matters.
+    In the first, logp_old is logp, so that ratio is 1 and the loss 0 but for the KL: its gradient is what matters.
     """
     lengths = accelerator.gather(rollout.lengths)  # the normalisers are global: rows of all processes
     weights = token_weights(lengths, cfg.loss, cfg.max_new_tokens)  # [N of all processes]
@@ -537,8 +538,9 @@ def update(
             optimizer.zero_grad()
         progress(f"update {i + 1} of {len(batches)}", None)
     totals = accelerator.reduce(torch.stack(list(sums.values())), "sum") / lengths.sum()
-    metrics = dict(zip(sums, totals.tolist(), strict=True)) | {"grad_norm": float(grad_norm), "lr": lr}
-    return metrics if reference is not None else metrics | {"kl": None}  # not 0: it was not measured
+    metrics = dict(zip(sums, totals.tolist(), strict=True)) | {"grad_norm": float(grad_norm)}
+    metrics |= {} if reference is not None else {"kl": None}  # not 0: it was not measured
+    return metrics | {"lr": lr if updates else 0.0}
 
 
 def evaluate(policy, tokenizer, held_out: list[dict], cfg: Config, accelerator, progress) -> tuple[dict, list]:
@@ -555,12 +557,13 @@ def evaluate(policy, tokenizer, held_out: list[dict], cfg: Config, accelerator, 
     return {f"eval_{name}": value for name, value in metrics.items()}, samples[: 16 * k : k]
 
 
-def ask(policy, tokenizer, cfg: Config) -> None:
+def ask(policy, tokenizer, task: dict, cfg: Config) -> None:
     """Prints a completion of the user's own question while it is sampled, then its answer, and whether it is right."""
-    task = ask_question(cfg.task, cfg.ask) | {"index": 0}
+    prompt = render_prompt(tokenizer, task["question"], cfg.template)
+    print("<think>" + prompt.rpartition("<think>")[2], end="", flush=True)  # the prompt has opened the thinking
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    print("<think>", end="", flush=True)  # which the prompt has opened
     streamer.on_finalized_text = lambda text, stream_end=False: print(printable(text), end="", flush=True)
+    task = task | {"index": 0}
     rollout = generate(policy, tokenizer, [task], 1, cfg, "ask", lambda _, ids: streamer.put(ids[0, -1:]))
     streamer.end()
     print("\n\nanswer:", printable(extract_answer(rollout.text[0]) or "none"))
@@ -570,11 +573,11 @@ def ask(policy, tokenizer, cfg: Config) -> None:
 
 # ---- Files: checkpoint, log, report ---------------------------------------------------------------------------------
 def open_run_dir(cfg: Config) -> Path:
-    """Makes the run's directory. Raises UsageError if it can't be written to, or holds a run that is not resumed."""
+    """Makes the run's directory. Raises UsageError if it can't be written to, or holds what is not to be resumed."""
     run_dir = Path(cfg.run_dir or f"runs/{cfg.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (run_dir / "metrics.jsonl").exists() and not cfg.resume:
-        raise UsageError(f"--run_dir {run_dir}: it holds a run already; try another one, or --resume {run_dir}")
     try:
+        if (run_dir / "config.json").exists() and (cfg.eval_only or run_dir != Path(cfg.resume)):  # a model's too
+            raise UsageError(f"--run_dir {run_dir}: is taken already; try another one, or --resume {run_dir}")
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
     except OSError as error:
@@ -588,23 +591,24 @@ def append(path: Path, lines: list[dict]) -> None:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a log; of a run that was killed the last may be half written, and is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def save_checkpoint(run_dir: Path, step: int, policy, optimizer, cfg: Config) -> None:
+def save_checkpoint(run_dir: Path, step: int, policy, optimizer) -> None:
     """The state after `step` updates, put in the place of the last one when it is whole: there always is one."""
     new = run_dir / "checkpoint/new.pt"
     new.parent.mkdir(exist_ok=True)
-    state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | {"step": step, "config": vars(cfg)}, new)
+    torch.save({"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, new)
     new.replace(run_dir / "checkpoint/state.pt")
 
 
 def read_checkpoint(run_dir: str) -> dict:
-    """What save_checkpoint wrote. It needs no random state: what a step draws follows from the seed and the step."""
+    """What save_checkpoint wrote, and the run's options. What a step draws follows from the seed and the step."""
     try:
-        return torch.load(Path(run_dir) / "checkpoint/state.pt", weights_only=True, map_location="cpu", mmap=True)
-    except (OSError, RuntimeError, UnpicklingError) as error:  # missing, or damaged
+        state = torch.load(Path(run_dir) / "checkpoint/state.pt", weights_only=True, map_location="cpu", mmap=True)
+        return state | {"config": json.loads((Path(run_dir) / "config.json").read_text())}
+    except (OSError, ValueError, TypeError, RuntimeError, UnpicklingError) as error:  # missing, or damaged
         raise UsageError(f"--resume {run_dir}: no run to go on with ({error}); try a folder in runs/") from error
 
 
@@ -616,33 +620,12 @@ def cut_logs(run_dir: Path, step: int) -> None:
         shorter.replace(log)
 
 
-def printable(text: str) -> str:
-    """What a model wrote, control characters escaped: a terminal would obey them."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
-def sparkline(values: list[float], width: int = 60) -> str:
-    """Bars from the smallest value to the largest; of more than `width` values, every second, third or further one."""
-    values = values[:: math.ceil(len(values) / width)]
-    low, span = min(values), (max(values) - min(values)) or 1
-    return "".join("▁▂▃▄▅▆▇█"[int(7.99 * (value - low) / span)] for value in values)
-
-
-def table(columns: dict[str, dict]) -> str:
-    """The eval_* metrics of each column's evaluation side by side, with their 95% intervals."""
-    rows = [f"{'held-out questions':<20}" + "".join(f"{name:>28}" for name in columns)]
-    shared = [name for name in list(columns.values())[-1] if all(f"{name}_interval" in c for c in columns.values())]
-    for name in shared:
-        cells = ["{:.3f} ({:.3f} to {:.3f})".format(c[name], *c[f"{name}_interval"]) for c in columns.values()]
-        rows.append(f"{name.removeprefix('eval_'):<20}" + "".join(f"{cell:>28}" for cell in cells))
-    return "\n".join(rows)
-
-
 def report(run_dir: Path, cfg: Config) -> None:
     """Prints what a run has achieved: before and after, the way there, a completion of each. Writes the model card."""
     lines = read(run_dir / "metrics.jsonl")
     results = table({"before": lines[0], "after": lines[-1]})
-    command = shlex.join(typed({k: v for k, v in vars(cfg).items() if v != getattr(Config(), k)}))
+    recipe = vars(parse_config(["--recipe", cfg.recipe])) | {"recipe": "", "resume": cfg.resume}
+    command = shlex.join(typed({k: v for k, v in vars(cfg).items() if v != recipe[k]}))
     card = f"---\nbase_model: {cfg.model}\n---\n\n`{cfg.model}` after {cfg.steps} steps of GRPO on {cfg.task}, "
     card += f"{cfg.dataset or 'default data'}:\n\n    uv run R1ZeroTrain.py {command}\n\n```\n{results}\n```\n"
     (run_dir / "model/README.md").write_text(card)
@@ -656,8 +639,9 @@ def report(run_dir: Path, cfg: Config) -> None:
     for when, record in zip(("before", "after"), pair, strict=True):
         text = record["prompt"].rpartition("<think>")[0] + record["text"]  # which begins with <think>
         print(f"\n{when} training, {'right' if record['accuracy'] else 'wrong'}:\n{printable(text)}")
-    print(f"\nTo ask it: uv run R1ZeroTrain.py --model {run_dir}/model --ask '8 7 4 = 36'")
-    print(f"To go on: uv run R1ZeroTrain.py --resume {run_dir} --steps {2 * lines[-1]['step']}")
+    example = "8 7 4 = 36" if cfg.task == "countdown" else "your question"
+    print(f"\nTo ask it: uv run R1ZeroTrain.py --resume {run_dir} --ask '{example}'")
+    print(f"To go on: uv run R1ZeroTrain.py --resume {run_dir} --steps {2 * cfg.steps or 1}")
 
 
 # ---- Main: Algorithm 1 ----------------------------------------------------------------------------------------------
@@ -665,12 +649,13 @@ def main(cfg: Config) -> None:
     accelerator = make_accelerator(cfg)
     is_main, q = accelerator.is_main_process, cfg.questions_per_step
     tokenizer = load_tokenizer(cfg.model)
-    if not cfg.ask:
-        question_at, held_out = load_questions(tokenizer=tokenizer, **vars(cfg))
-        run_dir = open_run_dir(cfg)
+    question_at, held_out = load_questions(tokenizer=tokenizer, **vars(cfg))
+    if cfg.ask is None:
+        run_dir = open_run_dir(cfg) if is_main else Path(cfg.run_dir)  # only the main process writes
         accelerator.print(f"{cfg.task} with {cfg.model} on {accelerator.device}; files go to {run_dir}/", flush=True)
     policy = load_policy(cfg.model)
-    reference = copy.deepcopy(policy).requires_grad_(False).to(accelerator.device) if cfg.kl_beta > 0 else None
+    trains = question_at is not None
+    reference = copy.deepcopy(policy).requires_grad_(False) if trains and cfg.kl_beta > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     start = 0
     if cfg.resume:
@@ -679,9 +664,9 @@ def main(cfg: Config) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    sampler = accelerator.unwrap_model(policy)
-    if cfg.ask:
-        return ask(sampler, tokenizer, cfg)
+    sampler, reference = accelerator.unwrap_model(policy), reference and reference.to(accelerator.device)
+    if cfg.ask is not None:
+        return ask(sampler, tokenizer, held_out[0], cfg)
     offline = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}  # no upload unless the user says so
     accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": offline})  # nothing, without --wandb
     options = {"dynamic_ncols": True, "miniters": 0, "mininterval": 0.5, "smoothing": 0}
@@ -700,6 +685,8 @@ def main(cfg: Config) -> None:
     if cfg.resume and is_main:
         cut_logs(run_dir, start)
     for step in range(start, cfg.steps + 1):  # a line of the log describes the policy after `step` updates
+        if is_main and (step == cfg.steps or (cfg.save_every and step > start and step % cfg.save_every == 0)):
+            save_checkpoint(run_dir, step, sampler, optimizer)
         evaluated, shown = {}, []
         if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
             evaluated, shown = evaluate(sampler, tokenizer, held_out, cfg, accelerator, show)
@@ -722,9 +709,6 @@ def main(cfg: Config) -> None:
         accelerator.log(line, step)
         bar.set_postfix({name: f"{line[name]:.3g}" for name in ("reward", "length", "kl") if line[name] is not None})
         bar.update(step < cfg.steps)
-        done = step + 1
-        if is_main and (done == cfg.steps or (done < cfg.steps and cfg.save_every and done % cfg.save_every == 0)):
-            save_checkpoint(run_dir, done, sampler, optimizer, cfg)
     bar.close()
     accelerator.end_training()
     if is_main:
@@ -738,13 +722,14 @@ def run(arguments: list[str]) -> int:
     try:
         main(parse_config(arguments))
     except UsageError as error:
-        print("R1ZeroTrain.py:", *str(error).split(), file=sys.stderr)  # on one line, whatever was typed
+        print("R1ZeroTrain.py:", printable(" ".join(str(error).split())), file=sys.stderr)  # one line, always
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; `--resume` and the run's directory go on from its last checkpoint", file=sys.stderr)
+        print("\nstopped; --resume and the run's directory go on from its checkpoint, if it has one", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack the sparkline's characters
     sys.exit(run(sys.argv[1:]))

@@ -34,6 +34,11 @@ class UsageError(ValueError):
     """An option whose value cannot work. The message is one line: the option, its value, and a value that works."""
 
 
+def printable(text: str) -> str:
+    """What a model wrote, control characters escaped: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts: every one ends in an open <think>, so that the completion begins with the thinking
 
@@ -386,6 +391,7 @@ def load_questions(
     tokenizer=None,
     template: str = "auto",
     max_new_tokens: int = 0,
+    ask: str | None = None,
     **options,
 ) -> tuple[Callable[[int], dict] | None, list[dict]]:
     """The questions of a task: `(question_at, held_out)`.
@@ -399,7 +405,8 @@ def load_questions(
     test split of `eval_dataset`, or all of it where it has none; without one, the test split of `dataset`, or a quarter
     of its questions where it has none: all of them with `eval_only`, unless it is a run to `resume`, which has trained
     on the others. With a `tokenizer`, no prompt may be longer than its `model_max_length` less `max_new_tokens`.
-    Among `options` are those of the task's generator. Raises UsageError where an option cannot work.
+    Among `options` are those of the task's generator. With `ask` that is the one question held out, and there are no
+    others. Raises UsageError where an option cannot work.
     """
     spec = _task(task)
     if eval_questions < 0:
@@ -410,6 +417,10 @@ def load_questions(
     if not dataset and not spec.generate:
         raise UsageError(f"--dataset: --task {task} makes no questions of its own; try --dataset with a file")
     check = _length_check(tokenizer, template, max_new_tokens)
+    if ask is not None:
+        question = ask_question(task, ask)
+        check(question["question"], "--ask: the question")
+        return None, [question]
 
     train = test = None
     if eval_dataset and eval_dataset != dataset:

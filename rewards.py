@@ -586,5 +586,22 @@ def bootstrap_interval(values: list[float], resamples: int = 1000) -> tuple[floa
     return means[outside], means[-1 - outside]
 
 
+def table(columns: dict[str, dict]) -> str:
+    """The eval_* metrics of each column's evaluation side by side, with their 95% intervals."""
+    rows = [f"{'held-out questions':<20}" + "".join(f"{name:>28}" for name in columns)]
+    shared = [name for name in list(columns.values())[-1] if all(f"{name}_interval" in c for c in columns.values())]
+    for name in shared:
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(c[name], *c[f"{name}_interval"]) for c in columns.values()]
+        rows.append(f"{name.removeprefix('eval_'):<20}" + "".join(f"{cell:>28}" for cell in cells))
+    return "\n".join(rows)
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """Bars from the smallest value to the largest; of more than `width` values, every second, third or further one."""
+    values = values[:: math.ceil(len(values) / width)]
+    low, span = min(values), (max(values) - min(values)) or 1
+    return "".join("▁▂▃▄▅▆▇█"[int(7.99 * (value - low) / span)] for value in values)
+
+
 if __name__ == "__main__":  # as worker() starts it
     serve(socket.socket(fileno=0))

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from rewards import bootstrap_interval, majority, normalized_answer, pass_at_k
+from rewards import bootstrap_interval, evaluation, majority, normalized_answer, pass_at_k
 
 
 def turn(answer: str) -> str:
@@ -151,3 +151,95 @@ def test_bootstrap_is_fast() -> None:
         bootstrap_interval(values)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.15
+
+
+# --- an evaluation ---------------------------------------------------------------------------------------------------
+
+
+def sampled(answers: str, right: str, lengths: list[int]) -> list[dict]:
+    """A question's samples: a letter for each answer, "-" for none at all, which is cut off and not well-formed."""
+    return [
+        {"text": "<think> a" if answer == "-" else turn(answer), "accuracy": float(answer == right)}
+        | {"format": float(answer != "-"), "length": length, "truncated": answer == "-"}
+        for answer, length in zip(answers, lengths, strict=True)
+    ]
+
+
+def split(metrics: dict) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """(values, intervals), each by the value's name; there is one interval for each value, around it."""
+    values = {name: value for name, value in metrics.items() if not name.endswith("_interval")}
+    intervals = {name.removesuffix("_interval"): value for name, value in metrics.items() if name not in values}
+    assert set(intervals) == set(values)
+    for name, (low, high) in intervals.items():
+        assert low - 1e-12 <= values[name] <= high + 1e-12
+    return values, intervals
+
+
+def test_evaluation_of_three_questions_with_four_samples_by_hand() -> None:
+    questions = [
+        sampled("ABBC", "A", [10, 20, 30, 40]),  # 1 of 4 right; B, wrong, has most votes
+        sampled("A--A", "A", [5, 9, 9, 5]),  # 2 of 4 right; A has all the votes
+        sampled("B-CD", "A", [1, 9, 2, 4]),  # none right
+    ]
+    values, intervals = split(evaluation(questions))
+    assert values == pytest.approx(
+        {
+            "pass@1": (1 / 4 + 2 / 4 + 0) / 3,
+            "pass@2": (1 / 2 + 5 / 6 + 0) / 3,  # of 6 pairs, 3 and 5 have a right one
+            "pass@4": (1 + 1 + 0) / 3,
+            "maj@4": (0 + 1 + 0) / 3,
+            "format": (1 + 2 / 4 + 3 / 4) / 3,
+            "length": (25 + 7 + 4) / 3,
+            "truncated": (0 + 2 / 4 + 1 / 4) / 3,
+        }
+    )
+    # 27 resamples of three questions. The extreme ones, the lowest or highest thrice, come up once in 27 times, which
+    # is 3.7%: more than the 2.5% on either side.
+    assert intervals["pass@1"] == pytest.approx((0, 1 / 2))
+    assert intervals["pass@2"] == pytest.approx((0, 5 / 6))
+    assert intervals["pass@4"] == pytest.approx((0, 1))
+    assert intervals["maj@4"] == pytest.approx((0, 1))
+    assert intervals["format"] == pytest.approx((1 / 2, 1))
+    assert intervals["length"] == pytest.approx((4, 25))
+    assert intervals["truncated"] == pytest.approx((0, 1 / 2))
+
+
+def test_evaluation_of_single_samples_has_no_other_k_and_no_vote() -> None:
+    questions = [sampled("A", "A", [3]), sampled("B", "A", [5]), sampled("-", "A", [8]), sampled("C", "A", [8])]
+    values, _ = split(evaluation(questions))
+    assert values == {"pass@1": 0.25, "format": 0.75, "length": 6, "truncated": 0.25}
+
+
+def test_evaluation_of_three_samples_has_the_powers_of_two_and_three() -> None:
+    questions = [sampled("BAB", "A", [1, 2, 3]), sampled("AAB", "A", [4, 5, 6])]
+    values, intervals = split(evaluation(questions))
+    assert values == pytest.approx(
+        {"pass@1": (1 / 3 + 2 / 3) / 2, "pass@2": (2 / 3 + 1) / 2, "pass@3": 1, "maj@3": 1 / 2}
+        | {"format": 1, "length": 3.5, "truncated": 0}
+    )
+    assert intervals["pass@3"] == intervals["format"] == (1, 1) and intervals["truncated"] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("samples", "sizes"), [(2, [1, 2]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16]), (17, [*range(17)])]
+)
+def test_evaluation_reports_pass_at_powers_of_two_and_at_all_samples(samples: int, sizes: list[int]) -> None:
+    values, _ = split(evaluation([sampled("A" * samples, "A", [1] * samples)]))
+    sizes = [1, 2, 4, 8, 16, 17] if samples == 17 else sizes
+    assert [name for name in values if "@" in name] == [*(f"pass@{size}" for size in sizes), f"maj@{samples}"]
+
+
+@pytest.mark.parametrize("samples", [1, 3, 5, 10])
+@pytest.mark.parametrize("questions", [1, 2, 3, 7, 128])
+def test_equal_questions_have_intervals_of_equal_ends(samples: int, questions: int) -> None:
+    same = sampled("A" + "B" * (samples - 1), "A", [*range(1, samples + 1)])
+    values, intervals = split(evaluation([same] * questions))
+    for name, (low, high) in intervals.items():
+        assert low == high == pytest.approx(values[name], abs=1e-12)
+
+
+def test_evaluation_counts_votes_by_value_not_by_text() -> None:
+    texts = ["7", "1,000", "$1000.00$", "\\boxed{7}", "1000"]
+    samples = [sampled("A", "A", [1])[0] | {"text": turn(text), "accuracy": float("7" not in text)} for text in texts]
+    assert evaluation([samples])["maj@5"] == 1.0
+    assert evaluation([samples[:1] + samples[3:]])["maj@3"] == 0.0
