@@ -270,8 +270,8 @@ def load_policy(model: str) -> PreTrainedModel:
 class Rollout:
     """N = Q·G sampled completions, the rows of one question side by side."""
 
-    prompt_ids: Tensor  # [N, P], padded left
-    prompt_mask: Tensor  # [N, P], False on padding
+    prompt_ids: Tensor  # [Q, P], padded left
+    prompt_mask: Tensor  # [Q, P], False on padding
     ids: Tensor  # [N, T], padded right; EOS, where there is one, is the last token
     lengths: Tensor  # [N], tokens of each completion, EOS included
     logp_sampled: Tensor  # [N, T], log-probability each token was sampled with
@@ -333,13 +333,13 @@ def sample(
     rows = torch.arange(len(ids), device=ids.device)  # which completion each row of the shrinking batch is
     alive = torch.ones_like(rows, dtype=torch.bool)
     for t in range(cfg.max_new_tokens):
-        logp = torch.log_softmax(logits[:, -1] / cfg.temperature, dim=-1)  # [rows, V]
-        cdf = logp.exp().cumsum(-1)
+        probabilities = torch.softmax(logits[:, -1] / cfg.temperature, dim=-1)  # [rows, V]: the pi of eq. 1
+        cdf = probabilities.cumsum(-1)
         # Inverse CDF: the first token whose cumulated probability exceeds u, scaled to what float32 sums up to.
         token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
         token = token.clamp(max=cdf.shape[1] - 1)  # [rows, 1]
         ids[rows, t] = token[:, 0] * alive  # a row that has finished goes on until it leaves the batch
-        logp_sampled[rows, t] = logp.gather(1, token)[:, 0]
+        logp_sampled[rows, t] = probabilities.gather(1, token)[:, 0].log()
         lengths[rows] += alive
         alive &= ~torch.isin(token[:, 0], eos)
         truncated[rows] = alive
@@ -386,7 +386,6 @@ def generate(
     bodies = tokenizer.batch_decode([row[:n] for row, n in zip(ids.tolist(), kept, strict=True)])
     openings = ["<think>" + prompt.rpartition("<think>")[2] for prompt in prompts]
     text = [openings[i // group_size] + body for i, body in enumerate(bodies)]
-    prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
     return Rollout(prompt_ids, prompt_mask, ids, lengths, logp_sampled, truncated, prompts, text)
 
 
@@ -408,15 +407,23 @@ def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple
     """(logp, entropy, mask), each [n, T], of the rows' completions under the policy, at the temperature they were
     sampled with: the distribution that is scored is the one that was sampled. T and P are the rows' own widest."""
     width = int(rollout.lengths[rows].max())
-    prompt_width = int(rollout.prompt_mask[rows].sum(-1).max())
     mask = torch.arange(width, device=rows.device) < rollout.lengths[rows, None]  # [n, T]: from lengths, so EOS counts
-    prompt_mask = rollout.prompt_mask[rows, -prompt_width:]
-    ids = torch.cat([rollout.prompt_ids[rows, -prompt_width:], rollout.ids[rows, :width]], dim=1)  # [n, P + T]
-    # Padding on the right is out of sight of a causal model; only padding on the left must be masked.
-    attention = None if prompt_mask.all() else torch.cat([prompt_mask, torch.ones_like(mask)], dim=1)
-    logits = next_token_logits(policy, ids, attention, width + 1, cfg.dtype)[:, :-1]  # position t - 1 predicts token t
+    ids = rollout.ids[rows, :width]  # [n, T]
+    # As in sampling, each prompt goes through the model once, and its rows share the cache.
+    questions, question = (rows // (len(rollout.ids) // len(rollout.prompts))).unique(return_inverse=True)
+    prompt_mask = rollout.prompt_mask[questions]
+    prompt_width = int(prompt_mask.sum(-1).max())
+    prompt_ids, prompt_mask = rollout.prompt_ids[questions, -prompt_width:], prompt_mask[:, -prompt_width:]  # [q, P]
+    padded, cache = not prompt_mask.all(), DynamicCache()
+    logits = next_token_logits(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache)[question]
+    if width > 1:
+        cache.batch_select_indices(question)
+        # Padding on the right is out of sight of a causal model; only padding on the left must be masked.
+        attention = torch.cat([prompt_mask[question], torch.ones_like(mask)[:, 1:]], dim=1) if padded else None
+        rest = next_token_logits(policy, ids[:, :-1], attention, width - 1, cfg.dtype, cache)
+        logits = torch.cat([logits, rest], dim=1)  # [n, T, V]: position t - 1 predicts token t
     all_logp = torch.log_softmax(logits / cfg.temperature, dim=-1)  # [n, T, V]
-    logp = all_logp.gather(-1, ids[:, -width:, None])[..., 0]
+    logp = all_logp.gather(-1, ids[..., None])[..., 0]
     with torch.no_grad():
         entropy = -(all_logp.exp() * all_logp).sum(-1)
     return logp, entropy, mask

@@ -69,6 +69,11 @@ def roll_out(policy, tokenizer, cfg: Config, tasks: list[dict] = TASKS) -> Rollo
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
+def prompt_of(rollout: Rollout, row: int) -> Tensor:
+    question = row * len(rollout.prompts) // len(rollout.ids)
+    return rollout.prompt_ids[question][rollout.prompt_mask[question]]
+
+
 @torch.no_grad()
 def sample_slowly(policy, prompt: list[int], uniforms: list[float], eos: set[int], temperature: float) -> tuple:
     """One completion by the book: no batch, no padding, no cache, the whole text through the model for each token."""
@@ -103,7 +108,7 @@ def test_sampling_equals_a_loop_without_cache_batch_and_padding(
     eos = {tokenizer.eos_token_id, *policy.generation_config.eos_token_id}
     for row, uniforms in enumerate(torch.cat(drawn).tolist()):
         prompt = tokenizer(rollout.prompts[row // 3])["input_ids"]
-        assert rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist() == prompt
+        assert prompt_of(rollout, row).tolist() == prompt
         ids, logp = sample_slowly(policy, prompt, uniforms, eos, cfg.temperature)
         length = int(rollout.lengths[row])
         assert rollout.ids[row, :length].tolist() == ids
@@ -228,7 +233,7 @@ def test_inverse_cdf_by_hand_and_never_a_token_of_probability_0(u: float, token:
 
 def logp_slowly(policy, rollout: Rollout, row: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each token of one completion, and the entropy there: no padding, all logits, float64."""
-    prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
+    prompt = prompt_of(rollout, row)
     body = rollout.ids[row, : rollout.lengths[row]]
     logits = policy(torch.cat([prompt, body])[None], use_cache=False).logits[0].double()
     all_logp = torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
