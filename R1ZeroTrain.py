@@ -10,11 +10,11 @@
     7. now and then, measure on held-out questions                 evaluate
 
     uv run R1ZeroTrain.py                     # a tiny policy learns Countdown in minutes, on any computer
-    uv run R1ZeroTrain.py --recipe gsm8k      # a real model on real questions; not run here yet
+    uv run R1ZeroTrain.py --recipe gsm8k      # a real model on real questions
     uv run R1ZeroTrain.py --help              # every option, its meaning and default
 
 Shapes: Q questions a step, G completions a question, N = Q·G rows (question by question), P prompt tokens (padded
-left), T completion tokens (padded right), V vocabulary. Prompt and completion of a row meet at column P.
+left), T completion tokens (padded right), V vocabulary; small letters, [q, P] or [n, T], stand for some of them.
 
 Where it departs from the paper: ratio and clip are taken of each token and averaged over a completion, as in GRPO's
 first paper (DeepSeekMath, arXiv 2402.03300), not of the completion as a whole; the advantage divides by std + 1e-4 (as
@@ -156,15 +156,15 @@ def parse_config(arguments: list[str]) -> Config:
     """
     recipes = "\n".join(f"  {name:<11} {about}" for name, (about, _) in RECIPES.items())
     texts = {"description": __doc__.split("\n")[0], "epilog": f"recipes, and the memory that they need:\n{recipes}"}
-    style = type("", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
+    style = type("HelpFormatter", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
     parser = HfArgumentParser(Config, prog="R1ZeroTrain.py", formatter_class=style, allow_abbrev=False, **texts)
 
-    def one_line(message: str) -> None:  # in place of argparse's usage text
+    def refuse(message: str) -> None:  # in place of argparse's usage text
         name = re.match(r"argument --(\w+)", message)
         works = " ".join(typed({name[1]: parser.get_default(name[1])})[1:]) if name else ""
         raise UsageError(f"{message.removeprefix('argument ')}; try {works or '--help'}")
 
-    parser.error = one_line
+    parser.error = refuse
     first = parser.parse_args(arguments)
     base, done = RECIPES[first.recipe][1].split(), 0
     if first.resume:
@@ -215,7 +215,8 @@ def model_files(model: str) -> Iterator[dict]:
     folder = next((f for f in (Path(model), Path(__file__).parent / model) if f.is_dir()), None)
     if folder is None and (Path(model).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
         raise UsageError(f"--model {model}: no such folder; try notebooks/tiny-base or a hub name like owner/model")
-    parts = {"config": "config.json", "tokenizer": "[tv]o[ck]*", "weights": "model*.safetensors*"}  # vocab, or token…
+    # tokenizer.json, or vocab.json for some older ones.
+    parts = {"config": "config.json", "tokenizer": "[tv]o[ck]*.json", "weights": "model*.safetensors*"}
     for part, files in parts.items() if folder else ():
         if not any(folder.glob(files)):
             raise UsageError(f"--model {model}: the folder has no {part} ({files}); try notebooks/tiny-base")
@@ -301,7 +302,7 @@ class RoomyLayer(DynamicLayer):
 
 def next_token_logits(model, ids: Tensor, mask: Tensor | None, keep: int, dtype: str, cache=None) -> Tensor:
     """Logits [rows, keep, V] of the last `keep` positions of ids [rows, new]; mask [rows, past + new] or None."""
-    positions = None  # padding on the left takes no position
+    positions = None  # padding on the left takes no position: mask 0 0 1 1, positions 0 0 0 1
     if mask is not None:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -335,7 +336,8 @@ def sample(
     for t in range(cfg.max_new_tokens):
         probabilities = torch.softmax(logits[:, -1] / cfg.temperature, dim=-1)  # [rows, V]: the pi of eq. 1
         cdf = probabilities.cumsum(-1)
-        # Inverse CDF: the first token whose cumulated probability exceeds u, scaled to what float32 sums up to.
+        # Inverse CDF: the first token whose cumulated probability exceeds u, scaled to what float32 sums up to. It
+        # exceeds, right=True, rather than reaches it, so that u = 0 picks no token of probability 0.
         token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
         token = token.clamp(max=cdf.shape[1] - 1)  # [rows, 1]
         ids[rows, t] = token[:, 0] * alive  # a row that has finished goes on until it leaves the batch
@@ -421,7 +423,7 @@ def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple
         # Padding on the right is out of sight of a causal model; only padding on the left must be masked.
         attention = torch.cat([prompt_mask[question], torch.ones_like(mask)[:, 1:]], dim=1) if padded else None
         rest = next_token_logits(policy, ids[:, :-1], attention, width - 1, cfg.dtype, cache)
-        logits = torch.cat([logits, rest], dim=1)  # [n, T, V]: position t - 1 predicts token t
+        logits = torch.cat([logits, rest], dim=1)  # [n, T, V]: the prompt's end predicts token 0, token 0 the next
     all_logp = torch.log_softmax(logits / cfg.temperature, dim=-1)  # [n, T, V]
     logp = all_logp.gather(-1, ids[..., None])[..., 0]
     with torch.no_grad():
@@ -445,6 +447,7 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
 def token_weights(lengths: Tensor, loss: str, max_new_tokens: int) -> Tensor:
     """lengths [N] -> weights [N], one for every token of row i; N and the lengths are those of the whole step.
 
+    Weights are given before rows are split into micro-batches, or over processes: how they are split changes nothing.
     `grpo` 1/(len_i·N): the mean over rows of the mean over a row's tokens, eq. 1. `dapo` 1/Σlen: all tokens count
     alike (arXiv 2503.14476). `dr_grpo` 1/(N·max_new_tokens): the same, but a constant (arXiv 2503.20783).
     """
@@ -481,7 +484,7 @@ def grpo_loss(
     metrics = {"clip_fraction": ((clipped * advantages < ratio * advantages) & mask).sum()}
     if kl_beta > 0:
         log_ratio_ref = (logp_ref - logp).masked_fill(~mask, 0.0)
-        k3 = torch.exp(log_ratio_ref) - log_ratio_ref - 1  # equation 2
+        k3 = torch.exp(log_ratio_ref) - log_ratio_ref - 1  # equation 2: unbiased, and never negative
         objective = objective - kl_beta * k3
         metrics["kl"] = k3.detach().sum()
     return -(weights * objective).sum(), metrics
@@ -519,7 +522,7 @@ def update(
     logp_old: list[Tensor] = []
     sums = {name: torch.zeros((), device=lengths.device) for name in ("kl", "entropy", "logp_gap", "clip_fraction")}
     grad_norm, lr = torch.zeros(()), cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
-    updates = cfg.updates_per_rollout if step < cfg.steps else 0
+    updates = cfg.updates_per_rollout if step < cfg.steps else 0  # the last step only measures
     for epoch, (i, rows) in itertools.product(range(max(1, updates)), enumerate(batches)):
         last = i + 1 == len(batches)
         # DDP adds up gradients over processes at the last backward only: their micro-batches may differ in number.
