@@ -26,6 +26,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import logging
 import os
 import re
 import shlex
@@ -221,6 +222,7 @@ def model_files(model: str) -> Iterator[dict]:
         if not any(folder.glob(files)):
             raise UsageError(f"--model {model}: the folder has no {part} ({files}); try notebooks/tiny-base")
     disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what it fails at is said once, below
     try:
         files = {"pretrained_model_name_or_path": str(folder or model), "local_files_only": folder is not None}
         yield files | {"trust_remote_code": False}
@@ -679,8 +681,9 @@ def main(cfg: Config) -> None:
         return ask(sampler, tokenizer, held_out[0], cfg)
     offline = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}  # no upload unless the user says so
     accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": offline})  # nothing, without --wandb
-    options = {"dynamic_ncols": True, "miniters": 0, "mininterval": 0.5, "smoothing": 0}
-    bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=not is_main, **options)
+    style = "{desc}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits 80 columns
+    options = {"bar_format": style, "dynamic_ncols": True, "miniters": 0, "mininterval": 0.5, "smoothing": 0}
+    bar = tqdm(total=cfg.steps, initial=start, disable=not is_main, **options)
 
     def show(phase: str, _: Tensor | None = None) -> None:
         bar.set_description(phase, refresh=False)
