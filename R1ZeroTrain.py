@@ -126,7 +126,7 @@ LARGE_MODEL = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2
 RECIPES = {
     "tiny": ("R1-Zero in miniature, nothing downloaded; 1.5 GB, measured", ""),
     "tinyzero": (
-        "Qwen2.5-3B learns Countdown, as in TinyZero; about 80 GB, computed",
+        "Qwen2.5-3B on Countdown, as in TinyZero; about 80 GB, computed",
         f"{LARGE_MODEL} --model Qwen/Qwen2.5-3B --template base --dataset Jiayi-Pan/Countdown-Tasks-3to4 --steps 1000 "
         "--questions_per_step 64 --group_size 8 --max_new_tokens 1024 --rollout_rows 64 --eval_questions 1024",
     ),
@@ -142,7 +142,7 @@ RECIPES = {
         "--eval_questions 128",
     ),
     "deepscaler": (
-        "DeepSeek-R1-Distill-Qwen-1.5B on competition maths; about 90 GB, computed",
+        "R1-Distill-Qwen-1.5B on competition maths; about 90 GB, computed",
         f"{LARGE_MODEL} --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --task math --steps 1040 --temperature 0.6 "
         "--questions_per_step 128 --group_size 8 --max_new_tokens 8192 --rollout_rows 16 "
         "--tokens_per_microbatch 8192 --eval_dataset HuggingFaceH4/aime_2024 --eval_samples 16",
@@ -738,9 +738,11 @@ def run(arguments: list[str]) -> int:
         print("R1ZeroTrain.py:", printable(" ".join(str(error).split())), file=sys.stderr)  # one line, always
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; --resume and the run's directory go on from its checkpoint, if it has one", file=sys.stderr)
-        return 130
-    return 0
+        pass  # when this is left, so are main's frames, and the bar draws itself for the last time
+    else:
+        return 0
+    print("\nstopped; --resume and the run's directory go on from its checkpoint, if it has one", file=sys.stderr)
+    return 130
 
 
 if __name__ == "__main__":
