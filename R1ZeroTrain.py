@@ -588,7 +588,7 @@ def open_run_dir(cfg: Config) -> Path:
     """Makes the run's directory. Raises UsageError if it can't be written to, or holds what is not to be resumed."""
     run_dir = Path(cfg.run_dir or f"runs/{cfg.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        if (run_dir / "config.json").exists() and (cfg.eval_only or run_dir != Path(cfg.resume)):  # a model's too
+        if (run_dir / "config.json").exists() and (cfg.eval_only or not cfg.resume):  # of a run, or of a model
             raise UsageError(f"--run_dir {run_dir}: is taken already; try another one, or --resume {run_dir}")
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from rewards import MAX_ANSWER_CHARS, countdown_reward, gsm8k_reward, math_reward, math_verify_missing
+from rewards import MAX_ANSWER_CHARS, countdown_reward, gsm8k_reward, last_box, math_reward, math_verify_missing
 
 
 class UsageError(ValueError):
@@ -180,9 +180,10 @@ def countdown_problem(
     """A solvable problem `(numbers, target)` from the training problems, or from those held out.
 
     The numbers are drawn uniformly and independently of each other, then the target uniformly from those which they
-    reach and which belong to the wanted side; where there is none, all is drawn again. Raises UsageError if nothing
-    turns up.
+    reach and which belong to the wanted side; where there is none, all is drawn again. Raises UsageError for options
+    that cannot work, and if nothing turns up.
     """
+    _check_ranges(operands, operand_range, target_range)
     low, high = target_range
     for _ in range(TRIES):
         numbers = [rng.randint(*operand_range) for _ in range(operands)]
@@ -199,16 +200,9 @@ def countdown_problem(
     )
 
 
-def generate_countdown(
-    rng: random.Random,
-    held_out: bool,
-    operands: int = 3,
-    operand_range: tuple[int, int] = (1, 9),
-    target_range: tuple[int, int] = (1, 99),
-) -> dict:
-    """A `countdown_problem` as a question. Raises UsageError for options that cannot work."""
-    _check_ranges(operands, operand_range, target_range)
-    return _countdown(*countdown_problem(rng, held_out, operands, operand_range, target_range))
+def generate_countdown(rng: random.Random, **options: object) -> dict:
+    """A `countdown_problem` with these options, as a question."""
+    return _countdown(*countdown_problem(rng, **options))
 
 
 def _check_ranges(operands: int, operand_range: tuple[int, int], target_range: tuple[int, int]) -> None:
@@ -268,10 +262,11 @@ def read_math(row: dict) -> dict | None:
     aime_2024 and MATH-500), or with `problem` and a `solution` whose last \\boxed{} holds the answer (MATH itself)."""
     question = _text(row["problem"])
     if "answer" in row:
-        answer = _text(row["answer"])
-        gold = _boxed(answer) or answer
+        gold = last_box(_text(row["answer"]))
     else:
-        gold = _boxed(_text(row["solution"]))
+        solution = _text(row["solution"])
+        gold = last_box(solution)
+        gold = "" if gold == solution else gold  # it has no box
     if not question or not gold or len(gold) > MAX_ANSWER_CHARS:
         return None
     return ask_for_work(question) | {"answer": {"gold": gold}}
@@ -281,17 +276,6 @@ def _text(value: object) -> str:
     """The text of a cell; "" for one that is missing or holds something else. CSV makes NaN of a missing number."""
     usable = isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
     return str(value).strip() if usable else ""
-
-
-def _boxed(text: str) -> str:
-    """What the last \\boxed{} in `text` holds; "" if there is none or its braces never close."""
-    _, found, content = text.rpartition("\\boxed{")
-    depth = 1
-    for brace in re.finditer(r"\\.|[{}]", content if found else ""):  # \{ and \} are no braces
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return content[: brace.start()].strip()
-    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,16 +406,7 @@ def load_questions(
         check(question["question"], "--ask: the question")
         return None, [question]
 
-    train = test = None
-    if eval_dataset and eval_dataset != dataset:
-        splits = _load_dataset("eval_dataset", eval_dataset)
-        test = _usable_rows(task, f"--eval_dataset {eval_dataset}", splits, _train_and_test(splits)[1], check)
-        if dataset and not eval_only:
-            splits = _load_dataset("dataset", dataset)
-            train = _usable_rows(task, f"--dataset {dataset}", splits, _train_and_test(splits)[0], check)
-    elif dataset:
-        train, test = _split_rows(task, dataset, eval_only, bool(resume), check)
-
+    train, test = _rows(task, dataset, eval_dataset, eval_only, bool(resume), check)
     if test:  # drawn rather than taken from the top: a file may be sorted
         chosen = random.Random(HELD_OUT_RNG).sample(list(test.keys), min(eval_questions, len(test.keys)))
         held_out = [spec.read(test.table[row]) for row in chosen]
@@ -546,6 +521,20 @@ def _without(rows: Rows, evaluated: frozenset, dataset: str) -> Rows:
         count = len(rows.keys) - len(rest)
         print(f"{dataset}: {count} of its rows are also in the evaluation, and not trained on", file=sys.stderr)
     return replace(rows, keys=rest)
+
+
+def _rows(
+    task: str, dataset: str, eval_dataset: str, eval_only: bool, resumed: bool, check: Callable
+) -> tuple[Rows | None, Rows | None]:
+    """The rows to train on and those to evaluate on; None where questions are made on the spot, or not asked for."""
+    if not eval_dataset or eval_dataset == dataset:
+        return _split_rows(task, dataset, eval_only, resumed, check) if dataset else (None, None)
+    splits, train = _load_dataset("eval_dataset", eval_dataset), None
+    test = _usable_rows(task, f"--eval_dataset {eval_dataset}", splits, _train_and_test(splits)[1], check)
+    if dataset and not eval_only:
+        splits = _load_dataset("dataset", dataset)
+        train = _usable_rows(task, f"--dataset {dataset}", splits, _train_and_test(splits)[0], check)
+    return train, test
 
 
 def _split_rows(task: str, dataset: str, eval_only: bool, resumed: bool, check: Callable) -> tuple[Rows | None, Rows]:
