@@ -216,8 +216,7 @@ def model_files(model: str) -> Iterator[dict]:
     folder = next((f for f in (Path(model), Path(__file__).parent / model) if f.is_dir()), None)
     if folder is None and (Path(model).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
         raise UsageError(f"--model {model}: no such folder; try notebooks/tiny-base or a hub name like owner/model")
-    # tokenizer.json, or vocab.json for some older ones.
-    parts = {"config": "config.json", "tokenizer": "[tv]o[ck]*.json", "weights": "model*.safetensors*"}
+    parts = {"config": "config.json", "tokenizer": "tokenizer*", "weights": "model*.safetensors*"}
     for part, files in parts.items() if folder else ():
         if not any(folder.glob(files)):
             raise UsageError(f"--model {model}: the folder has no {part} ({files}); try notebooks/tiny-base")
@@ -419,9 +418,11 @@ def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple
     prompt_width = int(prompt_mask.sum(-1).max())
     prompt_ids, prompt_mask = rollout.prompt_ids[questions, -prompt_width:], prompt_mask[:, -prompt_width:]  # [q, P]
     padded, cache = not prompt_mask.all(), DynamicCache()
-    logits = next_token_logits(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache)[question]
+    logits = next_token_logits(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache)
+    logits = logits.index_select(0, question)  # indexing would add up gradients in the order in which threads come
     if width > 1:
-        cache.batch_select_indices(question)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.index_select(0, question), layer.values.index_select(0, question)
         # Padding on the right is out of sight of a causal model; only padding on the left must be masked.
         attention = torch.cat([prompt_mask[question], torch.ones_like(mask)[:, 1:]], dim=1) if padded else None
         rest = next_token_logits(policy, ids[:, :-1], attention, width - 1, cfg.dtype, cache)
@@ -666,8 +667,7 @@ def main(cfg: Config) -> None:
         run_dir = open_run_dir(cfg) if is_main else Path(cfg.run_dir)  # only the main process writes
         accelerator.print(f"{cfg.task} with {cfg.model} on {accelerator.device}; files go to {run_dir}/", flush=True)
     policy = load_policy(cfg.model)
-    trains = question_at is not None
-    reference = copy.deepcopy(policy).requires_grad_(False) if trains and cfg.kl_beta > 0 else None
+    reference = copy.deepcopy(policy).requires_grad_(False) if question_at and cfg.kl_beta > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     start = 0
     if cfg.resume:

@@ -22,6 +22,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from R1ZeroTrain import Rollout
+
 ATTEMPTS: list[str] = []  # what has tried to leave this machine
 
 
@@ -130,3 +132,9 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(GPT2Config, tmp_path_factory.mktemp("tiny-gpt2"))
+
+
+def prompt_of(rollout: Rollout, row: int) -> torch.Tensor:
+    """The prompt's ids of a completion, without padding."""
+    question = row * len(rollout.prompts) // len(rollout.ids)
+    return rollout.prompt_ids[question][rollout.prompt_mask[question]]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import prompt_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
@@ -100,11 +101,6 @@ def save(name: str, options: dict, folder: Path, eos: int) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return functools.cache(lambda family: save(*FAMILIES[family], tmp_path_factory.mktemp(family), eos=16))
-
-
-def prompt_of(rollout: Rollout, row: int) -> Tensor:
-    question = row * len(rollout.prompts) // len(rollout.ids)
-    return rollout.prompt_ids[question][rollout.prompt_mask[question]]
 
 
 def plainly(folder: Path) -> Callable[[Rollout, int, float], Tensor]:

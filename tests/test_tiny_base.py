@@ -166,3 +166,15 @@ def test_it_learns_to_search_within_a_dozen_steps(short_run: list[dict]) -> None
     accuracy = [line["accuracy"] for line in short_run]
     before, after = sum(accuracy[:3]) / 3, sum(accuracy[-3:]) / 3
     assert after > before + 0.1
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_default_run_learns_what_the_readme_says(seed: int, tmp_path: Path) -> None:
+    """Minutes each, so by `uv run pytest -m study` only; the test above is its short form."""
+    main(parse_config(["--seed", str(seed), "--run_dir", str(tmp_path / "run")]))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    before, after = lines[0], lines[-1]
+    assert before["eval_pass@1"] <= 0.35 and after["eval_pass@1"] >= 0.75
+    assert after["eval_length"] >= 1.5 * before["eval_length"]
+    assert before["kl"] == 0 < after["kl"]

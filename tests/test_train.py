@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import prompt_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -67,11 +68,6 @@ def roll_out(policy, tokenizer, cfg: Config, tasks: list[dict] = TASKS) -> Rollo
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
-
-
-def prompt_of(rollout: Rollout, row: int) -> Tensor:
-    question = row * len(rollout.prompts) // len(rollout.ids)
-    return rollout.prompt_ids[question][rollout.prompt_mask[question]]
 
 
 @torch.no_grad()
