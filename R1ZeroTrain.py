@@ -23,10 +23,8 @@ TRL does); the reference stays the first policy. `--loss` offers the weightings 
 
 import copy
 import hashlib
-import inspect
 import itertools
 import json
-import logging
 import os
 import re
 import shlex
@@ -34,7 +32,7 @@ import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -49,15 +47,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import TextStreamer
-from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
-from prompts import TASKS, UsageError, load_questions, printable, render_prompt, uses_chat_template
-from rewards import evaluation, extract_answer, format_reward, sparkline, table
+from prompts import RECIPES, TASKS, UsageError, encode, load_questions, load_tokenizer, model_files, render_prompt
+from rewards import before_and_after, evaluation, extract_answer, format_reward, printable, summary, table
 
 # ---- Config: every option, its default and its meaning, once --------------------------------------------------------
 # Types that say which values can work, from the first to the second; 2**20 stands for "as many as you like".
@@ -120,36 +115,6 @@ class Config:
     wandb: bool = option(False, "log to Weights & Biases too: offline, unless WANDB_MODE says otherwise")
 
 
-LARGE_MODEL = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50"
-# What --help says of a recipe, and the options that it stands for. Computed memory: 20 bytes for each parameter (its
-# weight, gradient, two of Adam's, the reference's), and the activations and logits of a micro-batch.
-RECIPES = {
-    "tiny": ("R1-Zero in miniature, nothing downloaded; 1.5 GB, measured", ""),
-    "tinyzero": (
-        "Qwen2.5-3B on Countdown, as in TinyZero; about 80 GB, computed",
-        f"{LARGE_MODEL} --model Qwen/Qwen2.5-3B --template base --dataset Jiayi-Pan/Countdown-Tasks-3to4 --steps 1000 "
-        "--questions_per_step 64 --group_size 8 --max_new_tokens 1024 --rollout_rows 64 --eval_questions 1024",
-    ),
-    "gsm8k": (
-        "Qwen2.5-1.5B-Instruct on GSM8K; about 45 GB, computed",
-        f"{LARGE_MODEL} --model Qwen/Qwen2.5-1.5B-Instruct --task gsm8k --steps 500 --questions_per_step 8 "
-        "--group_size 8 --max_new_tokens 512 --rollout_rows 64 --eval_questions 256",
-    ),
-    "mac": (
-        "Qwen2.5-0.5B-Instruct on GSM8K, on a Mac; about 13 GB, computed",
-        f"{LARGE_MODEL} --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --steps 300 --questions_per_step 4 "
-        "--group_size 8 --max_new_tokens 300 --rollout_rows 32 --tokens_per_microbatch 512 --dtype float32 "
-        "--eval_questions 128",
-    ),
-    "deepscaler": (
-        "R1-Distill-Qwen-1.5B on competition maths; about 90 GB, computed",
-        f"{LARGE_MODEL} --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --task math --steps 1040 --temperature 0.6 "
-        "--questions_per_step 128 --group_size 8 --max_new_tokens 8192 --rollout_rows 16 "
-        "--tokens_per_microbatch 8192 --eval_dataset HuggingFaceH4/aime_2024 --eval_samples 16",
-    ),
-}
-
-
 def parse_config(arguments: list[str]) -> Config:
     """Config's defaults, overridden by the recipe (or the resumed run's options), overridden by the command line.
 
@@ -194,7 +159,7 @@ def typed(options: dict) -> list[str]:
 
 # ---- Device, randomness, policy -------------------------------------------------------------------------------------
 def make_accelerator(cfg: Config) -> Accelerator:
-    """One process or many, on CUDA, else MPS, else CPU; lower precision is autocast's job, in `next_token_logits`."""
+    """One process or many, on CUDA, else MPS, else CPU; lower precision is autocast's job, in `forward`."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if cfg.device not in ("auto", "cpu", best):
         raise UsageError(f"--device {cfg.device}: this machine has {best}; try {best}")
@@ -210,50 +175,6 @@ def seeded(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-@contextmanager
-def model_files(model: str) -> Iterator[dict]:
-    """from_pretrained's arguments for a folder or a hub name; whatever goes wrong with them becomes a UsageError."""
-    folder = next((f for f in (Path(model), Path(__file__).parent / model) if f.is_dir()), None)
-    if folder is None and (Path(model).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
-        raise UsageError(f"--model {model}: no such folder; try notebooks/tiny-base or a hub name like owner/model")
-    parts = {"config": "config.json", "tokenizer": "tokenizer*", "weights": "model*.safetensors*"}
-    for part, files in parts.items() if folder else ():
-        if not any(folder.glob(files)):
-            raise UsageError(f"--model {model}: the folder has no {part} ({files}); try notebooks/tiny-base")
-    disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what it fails at is said once, below
-    try:
-        files = {"pretrained_model_name_or_path": str(folder or model), "local_files_only": folder is not None}
-        yield files | {"trust_remote_code": False}
-    except Exception as error:  # of a damaged file each library raises its own kind; all are shown, and end the run
-        reason = " ".join(str(error).split())[:300]
-        works = "notebooks/tiny-base or another local folder, which need no hub"
-        raise UsageError(f"--model {model}: cannot be loaded ({reason}); try {works}") from error
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """What is known of a model before its weights are read. Raises UsageError for a family that can't be sampled."""
-    with model_files(model) as files:
-        config = AutoConfig.from_pretrained(**files)
-        family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        if family is None or config.is_encoder_decoder or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-            raise ValueError(f"a {config.model_type} model does not write from left to right")
-        layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
-        if family._is_stateful or layers - {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}:
-            raise ValueError(f"a {config.model_type} model keeps a state that can't be copied to a group of rows")
-        takes = inspect.signature(family.forward).parameters
-        if lacks := {"past_key_values", "position_ids", "logits_to_keep"} - takes.keys():
-            raise ValueError(f"a {config.model_type} model takes no {min(lacks)}")
-        tokenizer = AutoTokenizer.from_pretrained(**files)
-        # Any will do, as masks come from lengths: an EOS that ends a completion is trained all the same.
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        rope = getattr(config := config.get_text_config(), "rope_parameters", None) or {}
-        # Past this, longrope turns all positions anew: the cache would be stale.
-        limit = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
-        tokenizer.model_max_length = limit or getattr(config, "max_position_embeddings", 2**20)
-        return tokenizer
-
-
 def load_policy(model: str) -> PreTrainedModel:
     """The model in float32: at lr 1e-6 an update is smaller than half a bfloat16 step, and would be lost."""
     with model_files(model) as files:
@@ -264,7 +185,23 @@ def load_policy(model: str) -> PreTrainedModel:
         )
         if loaded["missing_keys"]:  # transformers would go on with random weights in their place
             raise ValueError(f"it lacks the weights {sorted(loaded['missing_keys'])[:3]}")
-    return policy.eval()  # eval: dropout would make the ratio differ from 1 on the first update
+    policy.eval()  # dropout would make the ratio differ from 1 on the first update
+    policy.plain_head = has_plain_head(policy)
+    return policy
+
+
+@torch.no_grad()
+def has_plain_head(model) -> bool:
+    """Whether logits are states · head.weight^T and no more: no bias, no scaling, no soft-capping (Gemma 2, Cohere)."""
+    head = model.get_output_embeddings()
+    # Values of all sizes in place of the head's, as a cap of 30 would hardly show in the logits of a random model.
+    probe, seen = torch.linspace(-1000, 1000, head.weight.shape[0], device=head.weight.device), []
+    hook = head.register_forward_hook(lambda _, args, out: seen.extend([args[0], out]) or probe.expand_as(out))
+    out = model(torch.zeros(1, 1, dtype=torch.long, device=probe.device), output_hidden_states=True)
+    hook.remove()
+    states, logits = seen
+    same = torch.equal(states, out.hidden_states[-1]) and torch.equal(out.logits, probe.expand_as(logits))
+    return same and torch.allclose(logits, states @ head.weight.T, 1e-4, 1e-4 * logits.abs().max().item())
 
 
 # ---- Rollouts: sample G completions of each question ----------------------------------------------------------------
@@ -301,15 +238,19 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def next_token_logits(model, ids: Tensor, mask: Tensor | None, keep: int, dtype: str, cache=None) -> Tensor:
-    """Logits [rows, keep, V] of the last `keep` positions of ids [rows, new]; mask [rows, past + new] or None."""
+def forward(model, ids: Tensor, mask: Tensor | None, keep: int, dtype: str, cache=None, states=False) -> Tensor:
+    """Logits [rows, keep, V] of the last `keep` positions of ids [rows, new]; mask [rows, past + new] or None.
+
+    With `states` what the head would make them of, the last layer's output [rows, keep, width].
+    """
     positions = None  # padding on the left takes no position: mask 0 0 1 1, positions 0 0 0 1
     if mask is not None:
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = (mask.sum(-1, keepdim=True) - torch.arange(ids.shape[1], 0, -1, device=ids.device)).clamp(min=0)
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         # logits_to_keep: those of the prompt would be large, and nobody reads them.
-        options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": keep}
-        return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits.float()
+        options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": 1 if states else keep}
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=states, **options)
+    return out.hidden_states[-1][:, -keep:] if states else out.logits.float()
 
 
 @torch.no_grad()
@@ -329,7 +270,7 @@ def sample(
     cache = DynamicCache(config=policy.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     padded = not prompt_mask.all()  # without a mask the attention kernels run faster
-    logits = next_token_logits(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache)
+    logits = forward(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache)
     logits, mask = (x.repeat_interleave(group_size, 0) for x in (logits, prompt_mask))
     cache.batch_repeat_interleave(group_size)
     rows = torch.arange(len(ids), device=ids.device)  # which completion each row of the shrinking batch is
@@ -354,7 +295,7 @@ def sample(
             cache.batch_select_indices(keep)
             rows, token, mask, alive = rows[keep], token[keep], mask[keep], alive[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = next_token_logits(policy, token, mask if padded else None, 1, cfg.dtype, cache)
+        logits = forward(policy, token, mask if padded else None, 1, cfg.dtype, cache)
     return ids, logp_sampled, lengths, truncated
 
 
@@ -367,9 +308,7 @@ def generate(
     """
     device = next(policy.parameters()).device
     prompts = [render_prompt(tokenizer, task["question"], cfg.template) for task in tasks]
-    # Padded left, so that every completion starts in one column. A chat template writes its own BOS.
-    bos = not uses_chat_template(tokenizer, cfg.template)
-    padded = tokenizer(prompts, add_special_tokens=bos, padding=True, padding_side="left", return_tensors="pt")
+    padded = encode(tokenizer, prompts, cfg.template, padding=True, padding_side="left", return_tensors="pt")
     prompt_ids, prompt_mask = padded["input_ids"].to(device), padded["attention_mask"].to(device).bool()  # [Q, P]
     room = tokenizer.model_max_length - prompt_ids.shape[1]
     if cfg.max_new_tokens > room:
@@ -418,20 +357,74 @@ def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple
     prompt_width = int(prompt_mask.sum(-1).max())
     prompt_ids, prompt_mask = rollout.prompt_ids[questions, -prompt_width:], prompt_mask[:, -prompt_width:]  # [q, P]
     padded, cache = not prompt_mask.all(), DynamicCache()
-    logits = next_token_logits(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache)
-    logits = logits.index_select(0, question)  # indexing would add up gradients in the order in which threads come
+    model = getattr(policy, "module", policy)  # in several processes the policy is wrapped
+    out = forward(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache, model.plain_head)
+    out = out.index_select(0, question)  # indexing would add up gradients in the order in which threads come
     if width > 1:
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.index_select(0, question), layer.values.index_select(0, question)
         # Padding on the right is out of sight of a causal model; only padding on the left must be masked.
         attention = torch.cat([prompt_mask[question], torch.ones_like(mask)[:, 1:]], dim=1) if padded else None
-        rest = next_token_logits(policy, ids[:, :-1], attention, width - 1, cfg.dtype, cache)
-        logits = torch.cat([logits, rest], dim=1)  # [n, T, V]: the prompt's end predicts token 0, token 0 the next
-    all_logp = torch.log_softmax(logits / cfg.temperature, dim=-1)  # [n, T, V]
-    logp = all_logp.gather(-1, ids[..., None])[..., 0]
+        rest = forward(policy, ids[:, :-1], attention, width - 1, cfg.dtype, cache, model.plain_head)
+        out = torch.cat([out, rest], dim=1)  # [n, T, ...]: the prompt's end predicts token 0, token 0 the next
+    if model.plain_head:
+        head = model.get_output_embeddings().weight
+        packed = HeadLogprobs.apply(out[mask], head, ids[mask], cfg)
+        return *(torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x) for x in packed), mask
+    all_logp = torch.log_softmax(out / cfg.temperature, dim=-1)  # [n, T, V]
     with torch.no_grad():
         entropy = -(all_logp.exp() * all_logp).sum(-1)
-    return logp, entropy, mask
+    return all_logp.gather(-1, ids[..., None])[..., 0], entropy, mask
+
+
+LOGITS_AT_ONCE = 2**21  # 8 MB: a CPU has them in its cache
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """states [n, width], head [V, width], ids [n] -> (logp, entropy), each [n], without logits [n, V] as a whole.
+
+    They would be most of the memory. So they are made for a piece of the vocabulary at a time, and made again in the
+    backward pass.
+    """
+
+    @staticmethod
+    def pieces(states: Tensor, head: Tensor, ids: Tensor, cfg: Config) -> Iterator[tuple]:
+        """Of each piece: its rows of the head, logits [n, size], where ids are in it, and whether, both [n, 1]."""
+        dtype, size = getattr(torch, cfg.dtype), 1 + LOGITS_AT_ONCE // len(ids)
+        for start, piece in zip(range(0, len(head), size), head.split(size), strict=True):
+            logits = (states.to(dtype) @ piece.to(dtype).T).float() / cfg.temperature
+            place = (ids - start).clamp(0, len(piece) - 1)[:, None]
+            yield slice(start, start + size), logits, place, place == (ids - start)[:, None]
+
+    @staticmethod
+    def forward(ctx, states: Tensor, head: Tensor, ids: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+        chosen = torch.zeros_like(ids, dtype=torch.float32)
+        mean, log_sum = torch.zeros_like(chosen), torch.full_like(chosen, -torch.inf)  # of the pieces so far
+        for _, logits, place, here in HeadLogprobs.pieces(states, head, ids, cfg):
+            chosen += (logits.gather(1, place) * here)[:, 0]
+            piece = logits.logsumexp(1)
+            total = torch.logaddexp(log_sum, piece)
+            mean_of_piece = torch.linalg.vecdot((logits - piece[:, None]).exp_(), logits)  # mean logit under softmax
+            mean = mean * (log_sum - total).exp() + mean_of_piece * (piece - total).exp()
+            log_sum = total
+        entropy = log_sum - mean
+        ctx.save_for_backward(states, head, ids, log_sum)
+        ctx.cfg = cfg
+        ctx.mark_non_differentiable(entropy)
+        return chosen - log_sum, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        states, head, ids, log_sum = ctx.saved_tensors
+        scale, dtype = grad_logp[:, None] / ctx.cfg.temperature, getattr(torch, ctx.cfg.dtype)
+        grad_states, grad_head = torch.zeros_like(states), torch.empty_like(head)
+        for rows, logits, place, here in HeadLogprobs.pieces(states, head, ids, ctx.cfg):
+            # d logp / d logits = one-hot - softmax; in place, as each pass over the logits takes its time
+            softmax = logits.sub_(log_sum[:, None]).exp_()
+            grad = softmax.mul_(-scale).scatter_add_(1, place, scale * here).to(dtype)
+            grad_states += grad @ head[rows].to(dtype)
+            grad_head[rows] = grad.T @ states.to(dtype)
+        return grad_states, grad_head, None, None
 
 
 def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
@@ -634,24 +627,14 @@ def cut_logs(run_dir: Path, step: int) -> None:
 
 
 def report(run_dir: Path, cfg: Config) -> None:
-    """Prints what a run has achieved: before and after, the way there, a completion of each. Writes the model card."""
+    """Prints what a run has achieved, and writes the model's card."""
     lines = read(run_dir / "metrics.jsonl")
-    results = table({"before": lines[0], "after": lines[-1]})
     recipe = vars(parse_config(["--recipe", cfg.recipe])) | {"recipe": "", "resume": cfg.resume}
     command = shlex.join(typed({k: v for k, v in vars(cfg).items() if v != recipe[k]}))
     card = f"---\nbase_model: {cfg.model}\n---\n\n`{cfg.model}` after {cfg.steps} steps of GRPO on {cfg.task}, "
-    card += f"{cfg.dataset or 'default data'}:\n\n    uv run R1ZeroTrain.py {command}\n\n```\n{results}\n```\n"
-    (run_dir / "model/README.md").write_text(card)
-    print(f"\n{results}")
-    for name in ("accuracy", "length"):
-        values = [line[name] for line in lines]
-        print(f"\n{name} in training, from {values[0]:.2f} to {values[-1]:.2f}\n{sparkline(values)}")
-    shown = [record for record in read(run_dir / "completions.jsonl") if "advantage" not in record]  # held out
-    before, after = ([record for record in shown if record["step"] == lines[i]["step"]] for i in (0, -1))
-    pair = max(zip(before, after, strict=False), key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
-    for when, record in zip(("before", "after"), pair, strict=True):
-        text = record["prompt"].rpartition("<think>")[0] + record["text"]  # which begins with <think>
-        print(f"\n{when} training, {'right' if record['accuracy'] else 'wrong'}:\n{printable(text)}")
+    card += f"{cfg.dataset or 'default data'}:\n\n    uv run R1ZeroTrain.py {command}\n\n```\n"
+    (run_dir / "model/README.md").write_text(f"{card}{before_and_after(lines)}\n```\n")
+    print("\n" + summary(lines, read(run_dir / "completions.jsonl")))
     example = "8 7 4 = 36" if cfg.task == "countdown" else "your question"
     print(f"\nTo ask it: uv run R1ZeroTrain.py --resume {run_dir} --ask '{example}'")
     print(f"To go on: uv run R1ZeroTrain.py --resume {run_dir} --steps {2 * cfg.steps or 1}")

@@ -14,12 +14,14 @@ train on a task of your own, put it into TASKS in a file of your own, and call R
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -32,11 +34,6 @@ from rewards import MAX_ANSWER_CHARS, countdown_reward, gsm8k_reward, last_box, 
 
 class UsageError(ValueError):
     """An option whose value cannot work. The message is one line: the option, its value, and a value that works."""
-
-
-def printable(text: str) -> str:
-    """What a model wrote, control characters escaped: a terminal would obey them."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,6 +96,11 @@ def _chat_prompt(tokenizer, question: str) -> str:
         except TemplateError as error:
             reason = " ".join(str(error).split())[:200]
     raise UsageError(f"--template chat: the model's chat template refuses a question ({reason}); try --template base")
+
+
+def encode(tokenizer, prompts: str | list[str], template: str = "auto", **options) -> dict:
+    """The token ids of rendered prompts, with the tokenizer's own `options`; a chat template has written the BOS."""
+    return tokenizer(prompts, add_special_tokens=not uses_chat_template(tokenizer, template), **options)
 
 
 def countdown_question(numbers: list[int], target: int) -> str:
@@ -279,6 +281,60 @@ def _text(value: object) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The files of a model
+
+
+@contextmanager
+def model_files(model: str) -> Iterator[dict]:
+    """from_pretrained's arguments for a folder or a hub name; whatever goes wrong with them becomes a UsageError."""
+    from transformers.utils.logging import disable_progress_bar
+
+    folder = next((f for f in (Path(model), Path(__file__).parent / model) if f.is_dir()), None)
+    if folder is None and (Path(model).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
+        raise UsageError(f"--model {model}: no such folder; try notebooks/tiny-base or a hub name like owner/model")
+    parts = {"config": "config.json", "tokenizer": "tokenizer*", "weights": "model*.safetensors*"}
+    for part, files in parts.items() if folder else ():
+        if not any(folder.glob(files)):
+            raise UsageError(f"--model {model}: the folder has no {part} ({files}); try notebooks/tiny-base")
+    disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what it fails at is said once, below
+    try:
+        files = {"pretrained_model_name_or_path": str(folder or model), "local_files_only": folder is not None}
+        yield files | {"trust_remote_code": False}
+    except Exception as error:  # of a damaged file each library raises its own kind; all are shown, and end the run
+        reason = " ".join(str(error).split())[:300]
+        works = "notebooks/tiny-base or another local folder, which need no hub"
+        raise UsageError(f"--model {model}: cannot be loaded ({reason}); try {works}") from error
+
+
+def load_tokenizer(model: str):
+    """The tokenizer, known before any weights are read. Raises UsageError for a family that can't be sampled."""
+    from transformers import AutoConfig, AutoTokenizer  # not at the top: this file is read without torch
+    from transformers.cache_utils import DynamicCache
+    from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    with model_files(model) as files:
+        config = AutoConfig.from_pretrained(**files)
+        family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if family is None or config.is_encoder_decoder or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+            raise ValueError(f"a {config.model_type} model does not write from left to right")
+        layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+        if family._is_stateful or layers - {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}:
+            raise ValueError(f"a {config.model_type} model keeps a state that can't be copied to a group of rows")
+        takes = inspect.signature(family.forward).parameters
+        if lacks := {"past_key_values", "position_ids", "logits_to_keep"} - takes.keys():
+            raise ValueError(f"a {config.model_type} model takes no {min(lacks)}")
+        tokenizer = AutoTokenizer.from_pretrained(**files)
+        # Any will do, as masks come from lengths: an EOS that ends a completion is trained all the same.
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        rope = getattr(config := config.get_text_config(), "rope_parameters", None) or {}
+        # Past this, longrope turns all positions anew: the cache would be stale.
+        limit = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+        tokenizer.model_max_length = limit or getattr(config, "max_position_embeddings", 2**20)
+        return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Questions typed by the user: they have no "answer" where nothing could grade it
 
 
@@ -357,6 +413,39 @@ def _task(name: str) -> Task:
             "--task math: needs the library math-verify; try uv run --extra math R1ZeroTrain.py --task math"
         )
     return TASKS[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes: which model is trained on which of these questions, and how
+
+LARGE_MODEL = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50"
+# What --help says of a recipe, and the options that it stands for. Computed memory: 20 bytes for each parameter (its
+# weight, gradient, two of Adam's, the reference's), and the activations and logits of a micro-batch.
+RECIPES = {
+    "tiny": ("R1-Zero in miniature, nothing downloaded; 1.5 GB, measured", ""),
+    "tinyzero": (
+        "Qwen2.5-3B on Countdown, as in TinyZero; about 80 GB, computed",
+        f"{LARGE_MODEL} --model Qwen/Qwen2.5-3B --template base --dataset Jiayi-Pan/Countdown-Tasks-3to4 --steps 1000 "
+        "--questions_per_step 64 --group_size 8 --max_new_tokens 1024 --rollout_rows 64 --eval_questions 1024",
+    ),
+    "gsm8k": (
+        "Qwen2.5-1.5B-Instruct on GSM8K; about 45 GB, computed",
+        f"{LARGE_MODEL} --model Qwen/Qwen2.5-1.5B-Instruct --task gsm8k --steps 500 --questions_per_step 8 "
+        "--group_size 8 --max_new_tokens 512 --rollout_rows 64 --eval_questions 256",
+    ),
+    "mac": (
+        "Qwen2.5-0.5B-Instruct on GSM8K, on a Mac; about 13 GB, computed",
+        f"{LARGE_MODEL} --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --steps 300 --questions_per_step 4 "
+        "--group_size 8 --max_new_tokens 300 --rollout_rows 32 --tokens_per_microbatch 512 --dtype float32 "
+        "--eval_questions 128",
+    ),
+    "deepscaler": (
+        "R1-Distill-Qwen-1.5B on competition maths; about 90 GB, computed",
+        f"{LARGE_MODEL} --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --task math --steps 1040 --temperature 0.6 "
+        "--questions_per_step 128 --group_size 8 --max_new_tokens 8192 --rollout_rows 16 "
+        "--tokens_per_microbatch 8192 --eval_dataset HuggingFaceH4/aime_2024 --eval_samples 16",
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,7 +551,6 @@ def _length_check(tokenizer, template: str, max_new_tokens: int) -> Callable[[st
     if room < 1:
         longest = tokenizer.model_max_length
         raise UsageError(f"--max_new_tokens {max_new_tokens}: the model reads {longest} in all; try {longest // 2}")
-    chat = uses_chat_template(tokenizer, template)
     # A token is a byte or more, but for the few that mark where a text begins: most questions need no tokenizing.
     surely_fits = room - len(render_prompt(tokenizer, "", template).encode()) - 8
 
@@ -470,7 +558,7 @@ def _length_check(tokenizer, template: str, max_new_tokens: int) -> Callable[[st
         if len(question.encode()) <= surely_fits:
             return
         prompt = render_prompt(tokenizer, question, template)
-        tokens = len(tokenizer(prompt, add_special_tokens=not chat, verbose=False)["input_ids"])
+        tokens = len(encode(tokenizer, prompt, template, verbose=False)["input_ids"])
         if tokens > room:
             raise UsageError(
                 f"{where} makes a prompt of {tokens:,} tokens, and the model has room for {room:,} beside "

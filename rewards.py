@@ -603,5 +603,31 @@ def sparkline(values: list[float], width: int = 60) -> str:
     return "".join("▁▂▃▄▅▆▇█"[int(7.99 * (value - low) / span)] for value in values)
 
 
+def printable(text: str) -> str:
+    """What a model wrote, control characters escaped: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def before_and_after(lines: list[dict]) -> str:
+    """The table of the first and the last line of a run's metrics.jsonl."""
+    return table({"before": lines[0], "after": lines[-1]})
+
+
+def summary(lines: list[dict], samples: list[dict]) -> str:
+    """What a run has achieved, from its metrics.jsonl and completions.jsonl: the table, the way there, and a held-out
+    question's completion before and after."""
+    text = before_and_after(lines)
+    for name in ("accuracy", "length"):
+        values = [line[name] for line in lines]
+        text += f"\n\n{name} in training, from {values[0]:.2f} to {values[-1]:.2f}\n{sparkline(values)}"
+    held_out = [sample for sample in samples if "advantage" not in sample]
+    before, after = ([s for s in held_out if s["step"] == lines[i]["step"]] for i in (0, -1))
+    pair = max(zip(before, after, strict=False), key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
+    for when, sample in zip(("before", "after"), pair, strict=True):
+        turn = sample["prompt"].rpartition("<think>")[0] + sample["text"]  # which begins with <think>
+        text += f"\n\n{when} training, {'right' if sample['accuracy'] else 'wrong'}:\n{turn}"
+    return printable(text)
+
+
 if __name__ == "__main__":  # as worker() starts it
     serve(socket.socket(fileno=0))

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 import R1ZeroTrain
 from prompts import TASKS as REGISTRY
-from R1ZeroTrain import Config, Rollout, generate, load_policy, load_tokenizer, next_token_logits, token_logprobs
+from R1ZeroTrain import Config, Rollout, forward, generate, load_policy, load_tokenizer, token_logprobs
 
 TINY_BASE = Path(R1ZeroTrain.__file__).parent / "notebooks/tiny-base"
 WINDOW = 8  # far shorter than prompts and completions, so that a mistake in a sliding window shows
@@ -154,11 +154,58 @@ def test_experts_have_room_for_every_token(family: str, folder: Callable[[str], 
     rows = torch.randint(376, (33, 20), generator=torch.Generator().manual_seed(0))
     alone, crowded, among_others = rows[:1], rows[:1].repeat(33, 1), rows
     with torch.no_grad():
-        expected, *others = (
-            next_token_logits(policy, ids, None, 20, "float32")[0] for ids in (alone, crowded, among_others)
-        )
+        expected, *others = (forward(policy, ids, None, 20, "float32")[0] for ids in (alone, crowded, among_others))
     for logits in others:
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+HEADS = {  # families whose head is more than a matrix product, and one where it is not
+    "granite": ("GraniteConfig", {"logits_scaling": 3.0, "attention_multiplier": 0.35}, False),
+    "cohere": ("CohereConfig", {"logit_scale": 0.25}, False),
+    "phi": ("PhiConfig", {"partial_rotary_factor": 0.5}, False),  # a bias
+    "olmo2": ("Olmo2Config", {}, True),
+}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *HEADS])
+def test_log_probabilities_and_gradients_equal_the_plain_path(
+    family: str, folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Piece by piece of the vocabulary or all logits at once: each as by the book, a row at a time, in float64."""
+    monkeypatch.setattr(R1ZeroTrain, "LOGITS_AT_ONCE", 10_000)
+    name, special, plain = HEADS.get(family) or (*FAMILIES[family], None)
+    path = save(name, special, tmp_path, eos=16) if family in HEADS else folder(family)
+    policy, tokenizer = load_policy(str(path)), load_tokenizer(str(path))
+    assert policy.plain_head == ("final_logit_softcapping" not in special if plain is None else plain)
+    cfg = config(temperature=0.8)
+    rollout = generate(policy, tokenizer, TASKS[:3], cfg.group_size, cfg, "test", lambda *_: None)
+    rows, weights = range(len(rollout.ids)), torch.randn(rollout.ids.shape, generator=torch.Generator().manual_seed(0))
+
+    # The library has no float64 experts.
+    dtype = torch.float32 if EXPERTS.items() <= special.items() or family == "gpt-oss" else torch.float64
+    book = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=dtype).eval()
+    expected = []
+    for row in rows:
+        prompt, body = prompt_of(rollout, row), rollout.ids[row, : rollout.lengths[row]]
+        logits = book(input_ids=torch.cat([prompt, body])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        all_logp = torch.log_softmax(logits / cfg.temperature, dim=-1)
+        logp, entropy = all_logp[torch.arange(len(body)), body], -(all_logp.exp() * all_logp).sum(-1)
+        (logp * weights[row, : len(body)]).sum().backward()
+        expected.append(torch.stack([logp, entropy]).detach())
+    expected, gradients = torch.cat(expected, dim=1), {name: p.grad for name, p in book.named_parameters()}
+
+    for plain_head in {policy.plain_head, False}:
+        policy.plain_head = plain_head
+        policy.zero_grad()
+        logp, entropy, mask = token_logprobs(policy, rollout, torch.arange(len(rows)), cfg)
+        (logp * weights[:, : logp.shape[1]])[mask].sum().backward()
+        for found, wanted in zip((logp.detach()[mask], entropy[mask]), expected, strict=True):
+            assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+        for name, parameter in policy.named_parameters():
+            wanted, found = gradients[name], parameter.grad
+            assert (found is None) == (wanted is None), name
+            if wanted is not None and wanted.any():
+                assert float((found - wanted).norm() / wanted.norm()) < 1e-5, name
 
 
 def read_lines(run_dir: Path) -> list[dict]:
