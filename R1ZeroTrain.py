@@ -34,6 +34,7 @@ from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import fmean
@@ -46,13 +47,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import TextStreamer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prompts import RECIPES, TASKS, UsageError, encode, load_questions, load_tokenizer, model_files, render_prompt
-from rewards import before_and_after, evaluation, extract_answer, format_reward, printable, summary, table
+from rewards import append, cut_logs, evaluation, extract_answer, format_reward, printable, summary, table, write_card
 
 # ---- Config: every option, its default and its meaning, once --------------------------------------------------------
 # Types that say which values can work, from the first to the second; 2**20 stands for "as many as you like".
@@ -100,6 +103,7 @@ class Config:
     updates_per_rollout: Count = option(1, "mu of the paper: optimizer steps on one rollout")
     max_grad_norm: Positive = option(1.0, "a longer gradient is scaled down to this norm")
     tokens_per_microbatch: Count = option(8192, "tokens in one forward pass: bounds memory, not the result")
+    gradient_checkpointing: bool = option(False, "keep layers' inputs alone for the backward pass: leaner, slower")
     # Evaluation, files and machine
     eval_every: CountOrNone = option(0, "steps between evaluations; 0: only before and after")
     eval_questions: Count = option(512, "held-out questions in an evaluation")
@@ -175,7 +179,7 @@ def seeded(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def load_policy(model: str) -> PreTrainedModel:
+def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedModel:
     """The model in float32: at lr 1e-6 an update is smaller than half a bfloat16 step, and would be lost."""
     with model_files(model) as files:
         if getattr(AutoConfig.from_pretrained(**files).get_text_config(), "attn_logit_softcapping", None):
@@ -186,8 +190,18 @@ def load_policy(model: str) -> PreTrainedModel:
         if loaded["missing_keys"]:  # transformers would go on with random weights in their place
             raise ValueError(f"it lacks the weights {sorted(loaded['missing_keys'])[:3]}")
     policy.eval()  # dropout would make the ratio differ from 1 on the first update
+    for module in policy.modules():
+        if gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):  # asks for these three
+            module.training = module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     policy.plain_head = has_plain_head(policy)
     return policy
+
+
+def refresh(sampler, policy, dtype: str) -> None:
+    """Gives the sampler the policy's weights in the precision of the computing: once here, not once for each token."""
+    for weight, master in zip(sampler.parameters(), policy.parameters(), strict=True):
+        weight.data = master.data.to(getattr(torch, dtype))  # float32 is not copied, the memory is shared
 
 
 @torch.no_grad()
@@ -197,7 +211,7 @@ def has_plain_head(model) -> bool:
     # Values of all sizes in place of the head's, as a cap of 30 would hardly show in the logits of a random model.
     probe, seen = torch.linspace(-1000, 1000, head.weight.shape[0], device=head.weight.device), []
     hook = head.register_forward_hook(lambda _, args, out: seen.extend([args[0], out]) or probe.expand_as(out))
-    out = model(torch.zeros(1, 1, dtype=torch.long, device=probe.device), output_hidden_states=True)
+    out = model(torch.zeros(1, 1, dtype=torch.long, device=probe.device), use_cache=False, output_hidden_states=True)
     hook.remove()
     states, logits = seen
     same = torch.equal(states, out.hidden_states[-1]) and torch.equal(out.logits, probe.expand_as(logits))
@@ -288,12 +302,15 @@ def sample(
         alive &= ~torch.isin(token[:, 0], eos)
         truncated[rows] = alive
         progress(f"token {t + 1}", ids[:, : t + 1])
-        if t + 1 == cfg.max_new_tokens or not alive.any():
+        if t + 1 == cfg.max_new_tokens:
             break
-        if alive.sum() <= 0.8 * len(alive):  # finished rows leave; not at each end, as it copies the cache
+        if t % 8 == 7 or len(rows) == 1:  # not at each token: the CPU, to see who is alive, waits for the device
             keep = alive.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, token, mask, alive = rows[keep], token[keep], mask[keep], alive[keep]
+            if len(keep) == 0:
+                break
+            if len(keep) <= 0.8 * len(rows):  # finished rows leave; not at each end, as it copies the cache
+                cache.batch_select_indices(keep)
+                rows, token, mask, alive = rows[keep], token[keep], mask[keep], alive[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits = forward(policy, token, mask if padded else None, 1, cfg.dtype, cache)
     return ids, logp_sampled, lengths, truncated
@@ -351,22 +368,26 @@ def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple
     width = int(rollout.lengths[rows].max())
     mask = torch.arange(width, device=rows.device) < rollout.lengths[rows, None]  # [n, T]: from lengths, so EOS counts
     ids = rollout.ids[rows, :width]  # [n, T]
-    # As in sampling, each prompt goes through the model once, and its rows share the cache.
-    questions, question = (rows // (len(rollout.ids) // len(rollout.prompts))).unique(return_inverse=True)
+    questions, question = (rows // (len(rollout.ids) // len(rollout.prompt_ids))).unique(return_inverse=True)
     prompt_mask = rollout.prompt_mask[questions]
     prompt_width = int(prompt_mask.sum(-1).max())
     prompt_ids, prompt_mask = rollout.prompt_ids[questions, -prompt_width:], prompt_mask[:, -prompt_width:]  # [q, P]
-    padded, cache = not prompt_mask.all(), DynamicCache()
+    # Padding on the right is out of sight of a causal model; only padding on the left must be masked.
+    padded = not prompt_mask.all()
+    attention = torch.cat([prompt_mask[question], torch.ones_like(mask)[:, 1:]], dim=1) if padded else None
     model = getattr(policy, "module", policy)  # in several processes the policy is wrapped
-    out = forward(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache, model.plain_head)
-    out = out.index_select(0, question)  # indexing would add up gradients in the order in which threads come
-    if width > 1:
+    if cfg.gradient_checkpointing:  # without a cache, as a layer that is run again would find its own tokens in it
+        whole = torch.cat([prompt_ids[question], ids[:, :-1]], dim=1)
+        out = forward(policy, whole, attention, width, cfg.dtype, states=model.plain_head)
+    else:  # as in sampling, each prompt goes through the model once, and its rows share the cache
+        cache = DynamicCache()
+        out = forward(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache, model.plain_head)
+        out = out.index_select(0, question)  # indexing would add up gradients in the order in which threads come
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.index_select(0, question), layer.values.index_select(0, question)
-        # Padding on the right is out of sight of a causal model; only padding on the left must be masked.
-        attention = torch.cat([prompt_mask[question], torch.ones_like(mask)[:, 1:]], dim=1) if padded else None
-        rest = forward(policy, ids[:, :-1], attention, width - 1, cfg.dtype, cache, model.plain_head)
-        out = torch.cat([out, rest], dim=1)  # [n, T, ...]: the prompt's end predicts token 0, token 0 the next
+        if width > 1:
+            rest = forward(policy, ids[:, :-1], attention, width - 1, cfg.dtype, cache, model.plain_head)
+            out = torch.cat([out, rest], dim=1)  # [n, T, ...]: the prompt's end predicts token 0, token 0 the next
     if model.plain_head:
         head = model.get_output_embeddings().weight
         packed = HeadLogprobs.apply(out[mask], head, ids[mask], cfg)
@@ -487,10 +508,13 @@ def grpo_loss(
 
 
 # ---- Update and evaluation ------------------------------------------------------------------------------------------
-def microbatches(rollout: Rollout, tokens: int) -> list[Tensor]:
-    """Row numbers of each micro-batch: rows of like length together, at most `tokens` tokens (or one row) in each."""
+def microbatches(rollout: Rollout, wanted: Tensor, tokens: int) -> list[Tensor]:
+    """Numbers of the `wanted` rows, or of one if none is, in micro-batches of at most `tokens` tokens or of one row;
+    rows of like length are together."""
     batches, width = [], 0
-    for row in rollout.lengths.argsort(descending=True, stable=True).tolist():
+    rows = rollout.lengths.argsort(descending=True, stable=True)
+    # One at least: the optimizer and the other processes expect a gradient, if of zeros.
+    for row in rows[wanted[rows]].tolist() or rows[-1:].tolist():
         if not batches or (len(batches[-1]) + 1) * width > tokens:
             batches.append([])
             width = rollout.prompt_ids.shape[1] + int(rollout.lengths[row])  # its longest row comes first
@@ -508,7 +532,8 @@ def update(
     lengths = accelerator.gather(rollout.lengths)  # the normalisers are global: rows of all processes
     weights = token_weights(lengths, cfg.loss, cfg.max_new_tokens)  # [N of all processes]
     weights = weights[accelerator.process_index * len(rollout.lengths) :]  # this process's come first now
-    batches = microbatches(rollout, cfg.tokens_per_microbatch)
+    # Without the KL term a group whose rewards are all equal has no gradient, so that its passes can be saved.
+    batches = microbatches(rollout, (advantages != 0) | (cfg.kl_beta > 0), cfg.tokens_per_microbatch)
     logp_ref: list[Tensor | None] = [None] * len(batches)
     if reference is not None:  # before the policy's passes, whose graphs would take up memory meanwhile
         with torch.no_grad():
@@ -516,7 +541,8 @@ def update(
                 logp_ref[i] = token_logprobs(reference, rollout, rows, cfg)[0]
                 progress(f"reference {i + 1} of {len(batches)}", None)
     logp_old: list[Tensor] = []
-    sums = {name: torch.zeros((), device=lengths.device) for name in ("kl", "entropy", "logp_gap", "clip_fraction")}
+    names = ("tokens", "kl", "entropy", "logp_gap", "clip_fraction")
+    sums = {name: torch.zeros((), device=lengths.device) for name in names}
     grad_norm, lr = torch.zeros(()), cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
     updates = cfg.updates_per_rollout if step < cfg.steps else 0  # the last step only measures
     for epoch, (i, rows) in itertools.product(range(max(1, updates)), enumerate(batches)):
@@ -534,6 +560,7 @@ def update(
                 accelerator.backward(loss * accelerator.num_processes)  # DDP divides by the number of processes
         sums["clip_fraction"] += metrics["clip_fraction"] / max(1, updates)
         if epoch == 0:  # of the policy that sampled: later updates have moved it
+            sums["tokens"] += mask.sum()
             sums["kl"] += metrics.get("kl", 0.0)
             sums["entropy"] += (entropy * mask).sum()
             sums["logp_gap"] += ((logp_old[i] - rollout.logp_sampled[rows, : logp.shape[1]]).abs() * mask).sum()
@@ -543,8 +570,9 @@ def update(
             optimizer.step()
             optimizer.zero_grad()
         progress(f"update {i + 1} of {len(batches)}", None)
-    totals = accelerator.reduce(torch.stack(list(sums.values())), "sum") / lengths.sum()
-    metrics = dict(zip(sums, totals.tolist(), strict=True)) | {"grad_norm": float(grad_norm)}
+    tokens, *totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
+    metrics = {name: total / tokens for name, total in zip(names[1:], totals, strict=True)}
+    metrics["grad_norm"] = float(grad_norm)
     metrics |= {} if reference is not None else {"kl": None}  # not 0: it was not measured
     return metrics | {"lr": lr if updates else 0.0}
 
@@ -591,16 +619,6 @@ def open_run_dir(cfg: Config) -> Path:
     return run_dir
 
 
-def append(path: Path, lines: list[dict]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def read(path: Path) -> list[dict]:
-    """The lines of a log; of a run that was killed the last may be half written, and is left out."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
 def save_checkpoint(run_dir: Path, step: int, policy, optimizer) -> None:
     """The state after `step` updates, put in the place of the last one when it is whole: there always is one."""
     new = run_dir / "checkpoint/new.pt"
@@ -618,23 +636,12 @@ def read_checkpoint(run_dir: str) -> dict:
         raise UsageError(f"--resume {run_dir}: no run to go on with ({error}); try a folder in runs/") from error
 
 
-def cut_logs(run_dir: Path, step: int) -> None:
-    """Leaves only what came before `step` in the logs, so that a resumed run writes each step once."""
-    for log in (run_dir / "metrics.jsonl", run_dir / "completions.jsonl"):
-        shorter = log.with_suffix(".new")
-        shorter.write_text("".join(json.dumps(line) + "\n" for line in read(log) if line["step"] < step))
-        shorter.replace(log)
-
-
 def report(run_dir: Path, cfg: Config) -> None:
     """Prints what a run has achieved, and writes the model's card."""
-    lines = read(run_dir / "metrics.jsonl")
     recipe = vars(parse_config(["--recipe", cfg.recipe])) | {"recipe": "", "resume": cfg.resume}
     command = shlex.join(typed({k: v for k, v in vars(cfg).items() if v != recipe[k]}))
-    card = f"---\nbase_model: {cfg.model}\n---\n\n`{cfg.model}` after {cfg.steps} steps of GRPO on {cfg.task}, "
-    card += f"{cfg.dataset or 'default data'}:\n\n    uv run R1ZeroTrain.py {command}\n\n```\n"
-    (run_dir / "model/README.md").write_text(f"{card}{before_and_after(lines)}\n```\n")
-    print("\n" + summary(lines, read(run_dir / "completions.jsonl")))
+    write_card(f"uv run R1ZeroTrain.py {command}", **vars(cfg) | {"run_dir": run_dir})
+    print("\n" + summary(run_dir))
     example = "8 7 4 = 36" if cfg.task == "countdown" else "your question"
     print(f"\nTo ask it: uv run R1ZeroTrain.py --resume {run_dir} --ask '{example}'")
     print(f"To go on: uv run R1ZeroTrain.py --resume {run_dir} --steps {2 * cfg.steps or 1}")
@@ -649,7 +656,7 @@ def main(cfg: Config) -> None:
     if cfg.ask is None:
         run_dir = open_run_dir(cfg) if is_main else Path(cfg.run_dir)  # only the main process writes
         accelerator.print(f"{cfg.task} with {cfg.model} on {accelerator.device}; files go to {run_dir}/", flush=True)
-    policy = load_policy(cfg.model)
+    policy = load_policy(cfg.model, cfg.gradient_checkpointing)
     reference = copy.deepcopy(policy).requires_grad_(False) if question_at and cfg.kl_beta > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     start = 0
@@ -659,7 +666,9 @@ def main(cfg: Config) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    sampler, reference = accelerator.unwrap_model(policy), reference and reference.to(accelerator.device)
+    model, reference = accelerator.unwrap_model(policy), reference and reference.to(accelerator.device)
+    sampler = copy.deepcopy(model).requires_grad_(False).eval()
+    refresh(sampler, model, cfg.dtype)
     if cfg.ask is not None:
         return ask(sampler, tokenizer, held_out[0], cfg)
     offline = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}  # no upload unless the user says so
@@ -682,7 +691,7 @@ def main(cfg: Config) -> None:
         cut_logs(run_dir, start)
     for step in range(start, cfg.steps + 1):  # a line of the log describes the policy after `step` updates
         if is_main and (step == cfg.steps or (cfg.save_every and step > start and step % cfg.save_every == 0)):
-            save_checkpoint(run_dir, step, sampler, optimizer)
+            save_checkpoint(run_dir, step, model, optimizer)
         evaluated, shown = {}, []
         if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
             evaluated, shown = evaluate(sampler, tokenizer, held_out, cfg, accelerator, show)
@@ -695,6 +704,9 @@ def main(cfg: Config) -> None:
         rewards = torch.tensor([sample["reward"] for sample in samples], device=accelerator.device)
         advantages = group_advantages(rewards.view(-1, cfg.group_size), cfg.advantage_scale)  # [N]
         metrics = update(policy, reference, optimizer, step, rollout, advantages, cfg, accelerator, show)
+        refresh(sampler, model, cfg.dtype)
+        if accelerator.device.type == "mps":
+            torch.mps.empty_cache()  # its allocator keeps a buffer for each shape that it has met
         everywhere, numbers = gather_object(samples), [k for k, v in samples[0].items() if not isinstance(v, str)]
         line = {"step": step} | {name: fmean(sample[name] for sample in everywhere) for name in numbers}
         line |= metrics | {"completion_tokens_per_second": speed, "seconds": time.perf_counter() - began} | evaluated
@@ -708,7 +720,7 @@ def main(cfg: Config) -> None:
     bar.close()
     accelerator.end_training()
     if is_main:
-        sampler.save_pretrained(run_dir / "model")
+        model.save_pretrained(run_dir / "model")
         tokenizer.save_pretrained(run_dir / "model")
         report(run_dir, cfg)
 

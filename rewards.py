@@ -21,6 +21,7 @@ import threading
 from collections import Counter
 from fractions import Fraction
 from importlib.util import find_spec
+from pathlib import Path
 
 MAX_ANSWER_CHARS = 1000  # a longer answer is not graded
 MAX_DIGITS = 50  # of one number
@@ -586,6 +587,28 @@ def bootstrap_interval(values: list[float], resamples: int = 1000) -> tuple[floa
     return means[outside], means[-1 - outside]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The record of a run: what it logs, and what is shown of that
+
+
+def append(path: Path, lines: list[dict]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a log; of a run that was killed the last may be half written, and is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def cut_logs(run_dir: Path, step: int) -> None:
+    """Leaves only what came before `step` in the logs, so that a resumed run writes each step once."""
+    for log in (run_dir / "metrics.jsonl", run_dir / "completions.jsonl"):
+        shorter = log.with_suffix(".new")
+        shorter.write_text("".join(json.dumps(line) + "\n" for line in read(log) if line["step"] < step))
+        shorter.replace(log)
+
+
 def table(columns: dict[str, dict]) -> str:
     """The eval_* metrics of each column's evaluation side by side, with their 95% intervals."""
     rows = [f"{'held-out questions':<20}" + "".join(f"{name:>28}" for name in columns)]
@@ -608,25 +631,29 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def before_and_after(lines: list[dict]) -> str:
-    """The table of the first and the last line of a run's metrics.jsonl."""
-    return table({"before": lines[0], "after": lines[-1]})
-
-
-def summary(lines: list[dict], samples: list[dict]) -> str:
-    """What a run has achieved, from its metrics.jsonl and completions.jsonl: the table, the way there, and a held-out
-    question's completion before and after."""
-    text = before_and_after(lines)
+def summary(run_dir: Path) -> str:
+    """What a run has achieved: before and after, the way there, and a held-out question's completion of each."""
+    lines = read(run_dir / "metrics.jsonl")
+    text = table({"before": lines[0], "after": lines[-1]})
     for name in ("accuracy", "length"):
         values = [line[name] for line in lines]
         text += f"\n\n{name} in training, from {values[0]:.2f} to {values[-1]:.2f}\n{sparkline(values)}"
-    held_out = [sample for sample in samples if "advantage" not in sample]
+    held_out = [sample for sample in read(run_dir / "completions.jsonl") if "advantage" not in sample]
     before, after = ([s for s in held_out if s["step"] == lines[i]["step"]] for i in (0, -1))
     pair = max(zip(before, after, strict=False), key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
     for when, sample in zip(("before", "after"), pair, strict=True):
         turn = sample["prompt"].rpartition("<think>")[0] + sample["text"]  # which begins with <think>
         text += f"\n\n{when} training, {'right' if sample['accuracy'] else 'wrong'}:\n{turn}"
     return printable(text)
+
+
+def write_card(command: str, run_dir: Path, model: str, task: str, dataset: str, steps: int, **_: object) -> None:
+    """model/README.md: what the model was made of, by which command, and the evaluation before and after."""
+    lines = read(run_dir / "metrics.jsonl")
+    card = f"---\nbase_model: {model}\n---\n\n`{model}` after {steps} steps of GRPO on {task}, "
+    card += f"{dataset or 'default data'}:\n\n    {command}\n\n```\n"
+    card += table({"before": lines[0], "after": lines[-1]}) + "\n```\n"
+    (run_dir / "model/README.md").write_text(card)
 
 
 if __name__ == "__main__":  # as worker() starts it

@@ -114,6 +114,7 @@ def make(work: Work):
         with torch.device(work.device):
             config = transformers.Qwen2Config(**shape, **tokens)
             policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        policy.plain_head = R1ZeroTrain.has_plain_head(policy)
         tokenizer = make_tokenizer(shape["vocab_size"])
     tokenizer.add_special_tokens({"eos_token": "<|never|>"})  # behind all tokens that the model was made for
     policy.generation_config.eos_token_id = None
@@ -187,8 +188,9 @@ def set_up(work: Work):
 
 def ours(work: Work, wait: Callable, tell: Callable, with_update: bool = True) -> None:
     cfg, accelerator, policy, reference, optimizer, tokenizer = set_up(work)
-    sampler, questions = accelerator.unwrap_model(policy), make_questions(tokenizer, work)
-    facts = describe(sampler, tokenizer, work, questions)
+    model, questions = accelerator.unwrap_model(policy), make_questions(tokenizer, work)
+    sampler, facts = copy.deepcopy(model), describe(model, tokenizer, work, questions)
+    R1ZeroTrain.refresh(sampler, model, cfg.dtype)
     for step in range(work.steps + 1):
         wait(facts)
         mine = range(step * work.questions, (step + 1) * work.questions)
@@ -202,6 +204,7 @@ def ours(work: Work, wait: Callable, tell: Callable, with_update: bool = True) -
         times.append(clock(work))
         if with_update:
             R1ZeroTrain.update(policy, reference, optimizer, step, rollout, advantages, cfg, accelerator, quiet)
+            R1ZeroTrain.refresh(sampler, model, cfg.dtype)
         times.append(clock(work))
         seconds = {part: times[i + 1] - times[i] for i, part in enumerate(PARTS)}
         tell(seconds | {"tokens": int(rollout.lengths.sum()), "memory": peak(work)})
@@ -214,7 +217,7 @@ def sampling_only(work: Work, wait: Callable, tell: Callable) -> None:
 def update_only(work: Work, wait: Callable, tell: Callable) -> None:
     """Of completions that nobody sampled: what sampling needs would hide the update's peak."""
     cfg, accelerator, policy, reference, optimizer, _ = set_up(work)
-    sizes = ((work.rows, work.prompt_tokens), (work.rows, work.new_tokens))
+    sizes = ((work.questions, work.prompt_tokens), (work.rows, work.new_tokens))
     prompt_ids, ids = (torch.randint(256, size, device=work.device) for size in sizes)
     lengths, logp = torch.full_like(ids[:, 0], work.new_tokens), torch.zeros(sizes[1], device=work.device)
     rollout = R1ZeroTrain.Rollout(prompt_ids, prompt_ids >= 0, ids, lengths, logp, lengths > 0, [], [])

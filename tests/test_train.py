@@ -6,6 +6,7 @@ test_cli.py.
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -123,8 +124,9 @@ def test_each_prompt_is_read_once_and_finished_rows_leave_the_batch(tiny_llama: 
     (prompts, _), *steps = shapes
     assert prompts == 4 and steps, "four prompts are read, not 64"
     for t, (rows, new) in enumerate(steps, start=1):
-        unfinished = int((rollout.lengths > t).sum())
-        assert new == 1 and unfinished <= rows <= 2 * unfinished + 4
+        unfinished = int((rollout.lengths > t // 8 * 8).sum())  # when last looked at
+        assert new == 1 and unfinished <= rows < max(65, unfinished / 0.8)
+    assert steps[-1][0] < 16
 
 
 def test_any_of_several_eos_ids_ends_a_completion_and_is_its_last_token(tiny_llama: Path) -> None:
@@ -411,11 +413,59 @@ def test_first_update_has_ratio_exactly_1_and_the_second_has_not(case: Case, mon
     assert all((ratio != 1).any() for ratio in ratios[parts:])
 
 
-def test_groups_of_equal_rewards_leave_no_gradient_without_kl(case: Case) -> None:
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The rows of each call of token_logprobs from now on."""
+    seen = []
+
+    def spy(policy, rollout: Rollout, rows: Tensor, cfg: Config):
+        seen.append(rows.tolist())
+        return token_logprobs(policy, rollout, rows, cfg)
+
+    monkeypatch.setattr(R1ZeroTrain, "token_logprobs", spy)
+    return seen
+
+
+def test_groups_of_equal_rewards_leave_no_gradient_without_kl(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rewards = torch.tensor([[1.1] * 3, [0.1] * 3, [0.0] * 3, [1.0] * 3])
     flat = dataclasses.replace(case, advantages=R1ZeroTrain.group_advantages(rewards))
+    seen = rows_read(monkeypatch)
     _, (gradient,), _ = flat.update(config(kl_beta=0.0))
     assert not gradient.any()
+    assert [len(rows) for rows in seen] == [1], "one row gives a gradient of zeros; the others cost nothing"
+
+
+def test_groups_of_equal_rewards_cost_nothing_without_kl(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0], [0.1] * 3, [0.0, 1.1, 1.0], [1.0] * 3])
+    mixed = dataclasses.replace(case, advantages=R1ZeroTrain.group_advantages(rewards))
+    _, (everything,), _ = mixed.update(config(kl_beta=1e-30))  # too small to show, but all rows count
+    seen = rows_read(monkeypatch)
+    metrics, (gradient,), _ = mixed.update(config(kl_beta=0.0))
+    assert sorted(itertools.chain(*seen)) == [0, 1, 2, 6, 7, 8]
+    assert relative(gradient, everything) < 1e-6 and everything.norm() > 0
+    entropies = [logp_slowly(case.policy, case.rollout, i, 1.0)[1] for i in (0, 1, 2, 6, 7, 8)]
+    assert metrics["entropy"] == pytest.approx(float(torch.cat(entropies).detach().mean()), rel=1e-4)
+    seen.clear()
+    mixed.update(config(kl_beta=0.1))
+    assert len(set(itertools.chain(*seen))) == 12, "the KL of every row counts"
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])  # the second has dropout, which has to stay off
+def test_gradient_checkpointing_changes_memory_alone(model: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(model)
+    policy, tokenizer = load(folder, eos=16)
+    rollout = roll_out(policy, tokenizer, config())
+    leaner = load_policy(str(folder), gradient_checkpointing=True)
+    calls, found = [], []
+    for module, checkpointing in ((policy, False), (leaner, True)):
+        blocks = next(m for m in module.modules() if isinstance(m, torch.nn.ModuleList))
+        blocks[0].mlp.register_forward_pre_hook(lambda *_, which=checkpointing: calls.append(which))
+        case = Case(module, module, rollout, torch.linspace(-1, 1, 12))
+        metrics, (gradient,), _ = case.update(config(kl_beta=0.1, gradient_checkpointing=checkpointing))
+        found.append((metrics, gradient))
+    assert relative(found[1][1], found[0][1]) < 1e-5
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4, abs=1e-5)
+    assert calls.count(False) == 4, "prompts, then completions, of the reference and of the policy"
+    assert calls.count(True) == 3, "both at once, and once more for the policy in its backward pass"
 
 
 def test_a_measurement_changes_no_weight(case: Case) -> None:
@@ -602,6 +652,30 @@ def test_the_reference_never_changes(tiny_llama: Path, tmp_path: Path, monkeypat
     assert all(reference is references[0] for reference in references)
     assert not any(p.requires_grad or p.grad is not None for p in references[0].parameters())
     assert same(list(references[0].state_dict().values()), weights(tiny_llama))
+
+
+def test_the_sampler_has_the_latest_weights_in_the_precision_of_computing(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled, updated, generate, update = [], [], R1ZeroTrain.generate, R1ZeroTrain.update
+
+    def spy_generate(policy, *rest):
+        assert policy.model.rotary_emb.inv_freq.dtype == torch.float32, "positions would be rounded"
+        sampled.append([p.clone() for p in policy.parameters()])
+        return generate(policy, *rest)
+
+    def spy_update(policy, *rest):
+        updated.append([p.detach().to(torch.bfloat16) for p in policy.parameters()])
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        return update(policy, *rest)
+
+    monkeypatch.setattr(R1ZeroTrain, "generate", spy_generate)
+    monkeypatch.setattr(R1ZeroTrain, "update", spy_update)
+    lines = read_lines(run(tiny_llama, tmp_path, "--dtype", "bfloat16"))
+    first, *steps, last = sampled  # an evaluation comes first, another before the last rollout
+    assert len(updated) == STEPS + 1 and all(map(same, [*steps[:-1], last], updated))
+    assert same(first, updated[0]) and not same(first, last)
+    assert all(line["logp_gap"] < 0.1 for line in lines)
 
 
 def test_without_kl_no_reference_is_made_and_no_kl_is_logged(
