@@ -24,21 +24,17 @@ TRL does); the reference stays the first policy. `--loss` offers the weightings 
 import copy
 import hashlib
 import itertools
-import json
 import os
-import re
-import shlex
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
-from pickle import UnpicklingError
 from statistics import fmean
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal
 
 if __name__ == "__main__":
     print("loading torch and transformers", flush=True)  # takes seconds, which should not pass in silence
@@ -48,14 +44,27 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import TextStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prompts import RECIPES, TASKS, UsageError, encode, load_questions, load_tokenizer, model_files, render_prompt
-from rewards import append, cut_logs, evaluation, extract_answer, format_reward, printable, summary, table, write_card
+# What goes into a run: questions, models' files, options.
+from prompts import (
+    TASKS,
+    UsageError,
+    command_line,
+    encode,
+    ends_when_asked,
+    load_questions,
+    load_tokenizer,
+    model_files,
+)
+from prompts import parse, render_prompt, typed
+
+# What comes out of it: rewards and other figures, logs, checkpoints.
+from rewards import Log, best_so_far, cut_log, evaluation, extract_answer, format_reward, newest_whole, open_run_dir
+from rewards import printable, progress_bar, save_model, summary, table, trouble, write_card, write_checkpoint
 
 # ---- Config: every option, its default and its meaning, once --------------------------------------------------------
 # Types that say which values can work, from the first to the second; 2**20 stands for "as many as you like".
@@ -119,46 +128,7 @@ class Config:
     wandb: bool = option(False, "log to Weights & Biases too: offline, unless WANDB_MODE says otherwise")
 
 
-def parse_config(arguments: list[str]) -> Config:
-    """Config's defaults, overridden by the recipe (or the resumed run's options), overridden by the command line.
-
-    Raises UsageError naming the first option that can't work, its value, and a value that works.
-    """
-    recipes = "\n".join(f"  {name:<11} {about}" for name, (about, _) in RECIPES.items())
-    texts = {"description": __doc__.split("\n")[0], "epilog": f"recipes, and the memory that they need:\n{recipes}"}
-    style = type("HelpFormatter", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
-    parser = HfArgumentParser(Config, prog="R1ZeroTrain.py", formatter_class=style, allow_abbrev=False, **texts)
-
-    def refuse(message: str) -> None:  # in place of argparse's usage text
-        name = re.match(r"argument --(\w+)", message)
-        works = " ".join(typed({name[1]: parser.get_default(name[1])})[1:]) if name else ""
-        raise UsageError(f"{message.removeprefix('argument ')}; try {works or '--help'}")
-
-    parser.error = refuse
-    first = parser.parse_args(arguments)
-    base, done = RECIPES[first.recipe][1].split(), 0
-    if first.resume:
-        saved = read_checkpoint(first.resume)
-        of_one_call = ("run_dir", "eval_only", "ask", "wandb")
-        base, done = typed({k: v for k, v in saved["config"].items() if k not in of_one_call}), saved["step"]
-        arguments = arguments if first.eval_only else [*arguments, "--run_dir", first.resume]  # the same run, go on
-    cfg = Config(**vars(parser.parse_args(base + arguments)))  # as if typed in front, so checked like the rest
-    for name, kind in get_type_hints(Config, include_extras=True).items():
-        for low, high in getattr(kind, "__metadata__", []):
-            if not low <= getattr(cfg, name) <= high:
-                raise UsageError(f"--{name} {getattr(cfg, name)}: must be {low} to {high}; try {getattr(Config, name)}")
-    for name in ("recipe", "model", "task", "seed") if first.resume and not first.eval_only else ():
-        if getattr(cfg, name) != (was := saved["config"][name]):
-            raise UsageError(f"--{name} {getattr(cfg, name)}: would be another run than {first.resume}; try {was}")
-    if done > cfg.steps:
-        raise UsageError(f"--steps {cfg.steps}: {cfg.resume} has done {done} already; try {2 * done}")
-    return cfg
-
-
-def typed(options: dict) -> list[str]:
-    """Options as the words of a command line."""
-    values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
-    return [word for name in values for word in (f"--{name}", *map(str, values[name]))]
+parse_config = partial(parse, Config)  # the words of a command line -> Config
 
 
 # ---- Device, randomness, policy -------------------------------------------------------------------------------------
@@ -543,7 +513,7 @@ def update(
     logp_old: list[Tensor] = []
     names = ("tokens", "kl", "entropy", "logp_gap", "clip_fraction")
     sums = {name: torch.zeros((), device=lengths.device) for name in names}
-    grad_norm, lr = torch.zeros(()), cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
+    skipped, grad_norm, lr = 0, torch.zeros(()), cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
     updates = cfg.updates_per_rollout if step < cfg.steps else 0  # the last step only measures
     for epoch, (i, rows) in itertools.product(range(max(1, updates)), enumerate(batches)):
         last = i + 1 == len(batches)
@@ -561,20 +531,22 @@ def update(
         sums["clip_fraction"] += metrics["clip_fraction"] / max(1, updates)
         if epoch == 0:  # of the policy that sampled: later updates have moved it
             sums["tokens"] += mask.sum()
-            sums["kl"] += metrics.get("kl", 0.0)
+            sums["kl"] += metrics.get("kl", torch.nan)  # not 0, where it is not measured
             sums["entropy"] += (entropy * mask).sum()
             sums["logp_gap"] += ((logp_old[i] - rollout.logp_sampled[rows, : logp.shape[1]]).abs() * mask).sum()
         if updates and last:
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
+            if grad_norm.isfinite():
+                optimizer.step()
+            else:  # one such update would make all weights NaN
+                skipped += 1
             optimizer.zero_grad()
         progress(f"update {i + 1} of {len(batches)}", None)
     tokens, *totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
     metrics = {name: total / tokens for name, total in zip(names[1:], totals, strict=True)}
-    metrics["grad_norm"] = float(grad_norm)
-    metrics |= {} if reference is not None else {"kl": None}  # not 0: it was not measured
-    return metrics | {"lr": lr if updates else 0.0}
+    metrics |= {"grad_norm": float(grad_norm), "skipped_updates": skipped, "lr": lr if updates else 0.0}
+    return {name: value if isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
 
 
 def evaluate(policy, tokenizer, held_out: list[dict], cfg: Config, accelerator, progress) -> tuple[dict, list]:
@@ -606,123 +578,145 @@ def ask(policy, tokenizer, task: dict, cfg: Config) -> None:
 
 
 # ---- Files: checkpoint, log, report ---------------------------------------------------------------------------------
-def open_run_dir(cfg: Config) -> Path:
-    """Makes the run's directory. Raises UsageError if it can't be written to, or holds what is not to be resumed."""
-    run_dir = Path(cfg.run_dir or f"runs/{cfg.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        if (run_dir / "config.json").exists() and (cfg.eval_only or not cfg.resume):  # of a run, or of a model
-            raise UsageError(f"--run_dir {run_dir}: is taken already; try another one, or --resume {run_dir}")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
-    except OSError as error:
-        raise UsageError(f"--run_dir {run_dir}: cannot be written ({error.strerror}); try runs/mine") from error
-    return run_dir
-
-
-def save_checkpoint(run_dir: Path, step: int, policy, optimizer) -> None:
-    """The state after `step` updates, put in the place of the last one when it is whole: there always is one."""
-    new = run_dir / "checkpoint/new.pt"
-    new.parent.mkdir(exist_ok=True)
-    torch.save({"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, new)
-    new.replace(run_dir / "checkpoint/state.pt")
+def save_checkpoint(run_dir: Path, step: int, model, optimizer) -> None:
+    """The state after `step` updates. What a step draws follows from seed and step, so no random state is needed."""
+    state = {"policy": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    size = 3 * sum(p.nbytes for p in model.parameters())  # the weights, and Adam's two
+    write_checkpoint(run_dir, step, size, lambda file: torch.save(state, file))
 
 
 def read_checkpoint(run_dir: str) -> dict:
-    """What save_checkpoint wrote, and the run's options. What a step draws follows from the seed and the step."""
-    try:
-        state = torch.load(Path(run_dir) / "checkpoint/state.pt", weights_only=True, map_location="cpu", mmap=True)
-        return state | {"config": json.loads((Path(run_dir) / "config.json").read_text())}
-    except (OSError, ValueError, TypeError, RuntimeError, UnpicklingError) as error:  # missing, or damaged
-        raise UsageError(f"--resume {run_dir}: no run to go on with ({error}); try a folder in runs/") from error
-
-
-def report(run_dir: Path, cfg: Config) -> None:
-    """Prints what a run has achieved, and writes the model's card."""
-    recipe = vars(parse_config(["--recipe", cfg.recipe])) | {"recipe": "", "resume": cfg.resume}
-    command = shlex.join(typed({k: v for k, v in vars(cfg).items() if v != recipe[k]}))
-    write_card(f"uv run R1ZeroTrain.py {command}", **vars(cfg) | {"run_dir": run_dir})
-    print("\n" + summary(run_dir))
-    example = "8 7 4 = 36" if cfg.task == "countdown" else "your question"
-    print(f"\nTo ask it: uv run R1ZeroTrain.py --resume {run_dir} --ask '{example}'")
-    print(f"To go on: uv run R1ZeroTrain.py --resume {run_dir} --steps {2 * cfg.steps or 1}")
+    """What save_checkpoint wrote, or step 0 of a run that never came to it. Raises UsageError if it is damaged."""
+    path = newest_whole(Path(run_dir) / "checkpoint")
+    return torch.load(path, weights_only=True, map_location="cpu", mmap=True) if path else {"step": 0}
 
 
 # ---- Main: Algorithm 1 ----------------------------------------------------------------------------------------------
+def set_up(cfg: Config, accelerator, saved: dict, trains: bool) -> tuple:
+    """(policy, reference, sampler, optimizer) as the saved state has them, or as they are before the first step."""
+    policy = load_policy(cfg.model, cfg.gradient_checkpointing)
+    reference = copy.deepcopy(policy).requires_grad_(False) if trains and cfg.kl_beta > 0 else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    if "policy" in saved:
+        policy.load_state_dict(saved["policy"])
+        optimizer.load_state_dict(saved["optimizer"])
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    sampler = copy.deepcopy(accelerator.unwrap_model(policy)).requires_grad_(False).eval()
+    return policy, reference and reference.to(accelerator.device), sampler, optimizer
+
+
+def train_step(step: int, policy, reference, sampler, optimizer, tokenizer, tasks, cfg, accelerator, progress) -> tuple:
+    """(line of metrics.jsonl, samples of this process) of one rollout and the update on it."""
+    began = time.perf_counter()
+    rollout = generate(sampler, tokenizer, tasks, cfg.group_size, cfg, "train", progress)
+    speed = int(rollout.lengths.sum()) / (time.perf_counter() - began)
+    samples = score(rollout, tasks, cfg)
+    rewards = torch.tensor([sample["reward"] for sample in samples], device=accelerator.device)
+    advantages = group_advantages(rewards.view(-1, cfg.group_size), cfg.advantage_scale)  # [N]
+    metrics = update(policy, reference, optimizer, step, rollout, advantages, cfg, accelerator, progress)
+    samples = [sample | {"advantage": a} for sample, a in zip(samples, advantages.tolist(), strict=True)]
+    everywhere, numbers = gather_object(samples), ("reward", "accuracy", "format", "length", "truncated")
+    line = {"step": step} | {name: fmean(sample[name] for sample in everywhere) for name in numbers}
+    groups = [everywhere[i : i + cfg.group_size] for i in range(0, len(everywhere), cfg.group_size)]
+    line["equal_groups"] = fmean(len({sample["reward"] for sample in group}) == 1 for group in groups)
+    speeds = {"completion_tokens_per_second": speed, "seconds": time.perf_counter() - began}
+    return line | metrics | speeds, samples
+
+
+def with_less_memory(optimizer, work: Callable, *args, cfg: Config, **more) -> tuple:
+    """work(...); if the GPU's memory is too small for it, once more with half the rows and tokens at a time.
+
+    That is the same work: what is random in it follows from the seed and the questions.
+    """
+    halves = {name: max(1, getattr(cfg, name) // 2) for name in ("rollout_rows", "tokens_per_microbatch")}
+    stepped = []
+    hook = optimizer.optimizer.register_step_pre_hook(lambda *_: stepped.append(True))  # in accelerate's wrapper
+    for attempt in (cfg, replace(cfg, **halves)):
+        try:
+            return work(*args, cfg=attempt, **more)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises it as it is
+            if "out of memory" not in str(error):
+                raise
+        finally:
+            hook.remove()
+        if stepped:  # weights have moved
+            break
+        optimizer.zero_grad()
+        torch.cuda.empty_cache()
+    raise UsageError(f"out of memory: try {' '.join(typed(halves))}, --gradient_checkpointing or --dtype bfloat16")
+
+
 def main(cfg: Config) -> None:
     accelerator = make_accelerator(cfg)
     is_main, q = accelerator.is_main_process, cfg.questions_per_step
+    saved = read_checkpoint(cfg.resume) if cfg.resume else {"step": 0}
+    if (start := saved["step"]) > cfg.steps:
+        raise UsageError(f"--steps {cfg.steps}: {cfg.resume} has done {start} already; try {2 * start}")
+    if cfg.resume and start == 0 and (cfg.eval_only or cfg.ask is not None):
+        raise UsageError(f"--resume {cfg.resume}: has no checkpoint yet; try --model {cfg.model} instead")
     tokenizer = load_tokenizer(cfg.model)
     question_at, held_out = load_questions(tokenizer=tokenizer, **vars(cfg))
     if cfg.ask is None:
+        where = f" from step {start} on" if cfg.resume else ""
         run_dir = open_run_dir(cfg) if is_main else Path(cfg.run_dir)  # only the main process writes
-        accelerator.print(f"{cfg.task} with {cfg.model} on {accelerator.device}; files go to {run_dir}/", flush=True)
-    policy = load_policy(cfg.model, cfg.gradient_checkpointing)
-    reference = copy.deepcopy(policy).requires_grad_(False) if question_at and cfg.kl_beta > 0 else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    start = 0
-    if cfg.resume:
-        saved = read_checkpoint(cfg.resume)
-        policy.load_state_dict(saved["policy"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    model, reference = accelerator.unwrap_model(policy), reference and reference.to(accelerator.device)
-    sampler = copy.deepcopy(model).requires_grad_(False).eval()
+        accelerator.print(
+            f"{cfg.task} with {cfg.model} on {accelerator.device}; files go to {run_dir}/{where}", flush=True
+        )
+    policy, reference, sampler, optimizer = set_up(cfg, accelerator, saved, question_at is not None)
+    model = accelerator.unwrap_model(policy)
     refresh(sampler, model, cfg.dtype)
     if cfg.ask is not None:
         return ask(sampler, tokenizer, held_out[0], cfg)
     offline = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}  # no upload unless the user says so
     accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": offline})  # nothing, without --wandb
-    style = "{desc}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits 80 columns
-    options = {"bar_format": style, "dynamic_ncols": True, "miniters": 0, "mininterval": 0.5, "smoothing": 0}
-    bar = tqdm(total=cfg.steps, initial=start, disable=not is_main, **options)
-
-    def show(phase: str, _: Tensor | None = None) -> None:
-        bar.set_description(phase, refresh=False)
-        bar.update(0)  # redraws it, at most twice a second
-
+    metrics, completions = Log(run_dir / "metrics.jsonl"), Log(run_dir / "completions.jsonl")
+    bar, show = progress_bar(cfg.steps, start, is_main)
+    shared = {"cfg": cfg, "accelerator": accelerator, "progress": show}
     if cfg.eval_only:
-        evaluated, _ = evaluate(sampler, tokenizer, held_out, cfg, accelerator, show)
+        evaluated, _ = evaluate(sampler, tokenizer, held_out, **shared)
         bar.close()
         if is_main:
-            append(run_dir / "metrics.jsonl", [{"step": start} | evaluated])
+            metrics.append([{"step": start} | evaluated])
         return accelerator.print(f"\n{table({'now': evaluated})}")
-    if cfg.resume and is_main:
-        cut_logs(run_dir, start)
-    for step in range(start, cfg.steps + 1):  # a line of the log describes the policy after `step` updates
-        if is_main and (step == cfg.steps or (cfg.save_every and step > start and step % cfg.save_every == 0)):
-            save_checkpoint(run_dir, step, model, optimizer)
-        evaluated, shown = {}, []
-        if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
-            evaluated, shown = evaluate(sampler, tokenizer, held_out, cfg, accelerator, show)
-        began = time.perf_counter()
-        mine = range(step * q + accelerator.process_index, (step + 1) * q, accelerator.num_processes)
-        tasks = [question_at(i) | {"index": i} for i in mine]  # Q questions, shared out among the processes
-        rollout = generate(sampler, tokenizer, tasks, cfg.group_size, cfg, "train", show)
-        speed = int(rollout.lengths.sum()) / (time.perf_counter() - began)
-        samples = score(rollout, tasks, cfg)
-        rewards = torch.tensor([sample["reward"] for sample in samples], device=accelerator.device)
-        advantages = group_advantages(rewards.view(-1, cfg.group_size), cfg.advantage_scale)  # [N]
-        metrics = update(policy, reference, optimizer, step, rollout, advantages, cfg, accelerator, show)
-        refresh(sampler, model, cfg.dtype)
-        if accelerator.device.type == "mps":
-            torch.mps.empty_cache()  # its allocator keeps a buffer for each shape that it has met
-        everywhere, numbers = gather_object(samples), [k for k, v in samples[0].items() if not isinstance(v, str)]
-        line = {"step": step} | {name: fmean(sample[name] for sample in everywhere) for name in numbers}
-        line |= metrics | {"completion_tokens_per_second": speed, "seconds": time.perf_counter() - began} | evaluated
-        shown += [s | {"advantage": a} for s, a in zip(samples[:4], advantages.tolist(), strict=False)]
-        if is_main:
-            append(run_dir / "metrics.jsonl", [line])
-            append(run_dir / "completions.jsonl", [{"step": step} | sample for sample in shown])
-        accelerator.log(line, step)
-        bar.set_postfix({name: f"{line[name]:.3g}" for name in ("reward", "length", "kl") if line[name] is not None})
-        bar.update(step < cfg.steps)
+    for log in (metrics, completions) if cfg.resume and is_main else ():
+        cut_log(log.path, start)
+    lines = []
+    with ends_when_asked() as asked:
+        for step in range(start, cfg.steps + 1):  # a line of the log describes the policy after `step` updates
+            ends = any(gather_object([bool(asked)]))
+            due = ends or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0)
+            if is_main and due and step > start and not metrics.waiting + completions.waiting:
+                save_checkpoint(run_dir, step, model, optimizer)
+            if ends:
+                bar.close()
+                return accelerator.print(f"\nTo go on: uv run R1ZeroTrain.py --resume {run_dir}")
+            evaluated, shown = {}, []
+            if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
+                evaluated, shown = with_less_memory(optimizer, evaluate, sampler, tokenizer, held_out, **shared)
+            if is_main and evaluated and step > 0 and evaluated["eval_pass@1"] > best_so_far(run_dir):
+                save_model(run_dir / "best", model, tokenizer)
+            mine = range(step * q + accelerator.process_index, (step + 1) * q, accelerator.num_processes)
+            tasks = [question_at(i) | {"index": i} for i in mine]  # Q questions, shared out among the processes
+            trained = (step, policy, reference, sampler, optimizer, tokenizer, tasks)
+            line, samples = with_less_memory(optimizer, train_step, *trained, **shared)
+            refresh(sampler, model, cfg.dtype)
+            if accelerator.device.type == "mps":
+                torch.mps.empty_cache()  # its allocator keeps a buffer for each shape that it has met
+            lines.append(line | evaluated)
+            if is_main:
+                metrics.append(lines[-1:])
+                completions.append([{"step": step} | sample for sample in shown + samples[:4]])
+            if (note := trouble(lines, run_dir, cfg.lr)) and is_main:
+                bar.write(note)
+            accelerator.log(lines[-1], step)
+            bar.set_postfix({name: f"{line[name] or 0:.3g}" for name in ("reward", "length", "kl")})
+            bar.update(step < cfg.steps)
     bar.close()
     accelerator.end_training()
     if is_main:
-        model.save_pretrained(run_dir / "model")
-        tokenizer.save_pretrained(run_dir / "model")
-        report(run_dir, cfg)
+        save_model(run_dir / "model", model, tokenizer)
+        write_card(command_line(cfg), **vars(cfg) | {"run_dir": run_dir})
+        print("\n" + summary(run_dir, cfg.task, cfg.steps))
 
 
 def run(arguments: list[str]) -> int:

@@ -19,22 +19,29 @@ import json
 import logging
 import random
 import re
+import shlex
+import signal
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import get_type_hints
 
 from jinja2 import TemplateError
 
-from rewards import MAX_ANSWER_CHARS, countdown_reward, gsm8k_reward, last_box, math_reward, math_verify_missing
-
-
-class UsageError(ValueError):
-    """An option whose value cannot work. The message is one line: the option, its value, and a value that works."""
-
+from rewards import (
+    MAX_ANSWER_CHARS,
+    UsageError,
+    countdown_reward,
+    gsm8k_reward,
+    last_box,
+    math_reward,
+    math_verify_missing,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts: every one ends in an open <think>, so that the completion begins with the thinking
@@ -446,6 +453,87 @@ RECIPES = {
         "--tokens_per_microbatch 8192 --eval_dataset HuggingFaceH4/aime_2024 --eval_samples 16",
     ),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse(kind: type, arguments: list[str]) -> object:
+    """A `kind` (R1ZeroTrain's Config): its defaults, overridden by the recipe or the resumed run, then by `arguments`.
+
+    Raises UsageError naming the first option that can't work, its value, and a value that works.
+    """
+    from transformers import HfArgumentParser
+
+    recipes = "\n".join(f"  {name:<11} {about}" for name, (about, _) in RECIPES.items())
+    texts = {"description": "GRPO as in DeepSeek-R1-Zero, in one file: a base model learns to reason from rewards."}
+    texts["epilog"] = f"recipes, and the memory that they need:\n{recipes}"
+    style = type("HelpFormatter", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
+    parser = HfArgumentParser(kind, prog="R1ZeroTrain.py", formatter_class=style, allow_abbrev=False, **texts)
+
+    def refuse(message: str) -> None:  # in place of argparse's usage text
+        name = re.match(r"argument --(\w+)", message)
+        works = " ".join(typed({name[1]: parser.get_default(name[1])})[1:]) if name else ""
+        raise UsageError(f"{message.removeprefix('argument ')}; try {works or '--help'}")
+
+    parser.error = refuse
+    first = parser.parse_args(arguments)
+    base, saved = RECIPES[first.recipe][1].split(), {}
+    if first.resume:
+        saved = _read_config(first.resume)
+        base = typed({k: v for k, v in saved.items() if k not in ("run_dir", "eval_only", "ask", "wandb")})
+        arguments = arguments if first.eval_only else [*arguments, "--run_dir", first.resume]  # the same run, go on
+    cfg = kind(**vars(parser.parse_args(base + arguments)))  # as if typed in front, so checked like the rest
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        for low, high in getattr(hint, "__metadata__", []):
+            if not low <= getattr(cfg, name) <= high:
+                raise UsageError(f"--{name} {getattr(cfg, name)}: must be {low} to {high}; try {getattr(kind, name)}")
+    for name in ("recipe", "model", "task", "seed") if first.resume and not first.eval_only else ():
+        if getattr(cfg, name) != (was := saved.get(name, getattr(kind, name))):
+            raise UsageError(f"--{name} {getattr(cfg, name)}: would be another run than {first.resume}; try {was}")
+    return cfg
+
+
+def typed(options: dict) -> list[str]:
+    """Options as the words of a command line."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    return [word for name in values for word in (f"--{name}", *map(str, values[name]))]
+
+
+def command_line(cfg: object) -> str:
+    """The shortest command that stands for a Config."""
+    recipe = vars(parse(type(cfg), ["--recipe", cfg.recipe])) | {"recipe": "", "resume": cfg.resume}
+    return shlex.join(["uv", "run", "R1ZeroTrain.py", *typed({k: v for k, v in vars(cfg).items() if v != recipe[k]})])
+
+
+@contextmanager
+def ends_when_asked() -> Iterator[list]:
+    """A list that gets an entry when Ctrl-C or SIGTERM asks the run to end; the second time it ends at once."""
+    asked = []
+
+    def ask_to_end(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nfinishing this step, then saving and ending; once more ends at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask_to_end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _read_config(run_dir: str) -> dict:
+    try:
+        saved = json.loads((Path(run_dir) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--resume {run_dir}: no run to go on with ({error}); try a folder in runs/") from error
+    if not isinstance(saved, dict):
+        raise UsageError(f"--resume {run_dir}: config.json holds no options; try a folder in runs/")
+    return saved
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,21 +7,26 @@ second and without an exception: lengths are bounded before anything is computed
 `completion` is always the whole assistant turn, beginning with the `<think>` that the prompt prefilled.
 """
 
+import hashlib
 import json
 import logging
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 MAX_ANSWER_CHARS = 1000  # a longer answer is not graded
 MAX_DIGITS = 50  # of one number
@@ -591,22 +596,136 @@ def bootstrap_interval(values: list[float], resamples: int = 1000) -> tuple[floa
 # The record of a run: what it logs, and what is shown of that
 
 
-def append(path: Path, lines: list[dict]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+class UsageError(ValueError):
+    """An option whose value cannot work. The message is one line: the option, its value, and a value that works."""
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> Path:
+    """Writes a file beside `path` and swaps it in: at every instant the old one or the new one is there as a whole.
+
+    `{sha256}` in the file's name becomes the digest of what is in it. Raises OSError, or what `write` raises.
+    """
+    new = path.with_name("new")
+    try:
+        with new.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power failure could leave the name without what it stands for
+        with new.open("rb") as file:
+            path = path.with_name(path.name.format(sha256=hashlib.file_digest(file, "sha256").hexdigest()))
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    return path
+
+
+def open_run_dir(cfg: object) -> Path:
+    """Makes the run's directory. Raises UsageError if it can't be written to, or holds what is not to be resumed."""
+    run_dir = Path(cfg.run_dir or f"runs/{cfg.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        if (run_dir / "config.json").exists() and (cfg.eval_only or not cfg.resume):  # of a run, or of a model
+            raise UsageError(f"--run_dir {run_dir}: is taken already; try another one, or --resume {run_dir}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(run_dir / "config.json", lambda file: file.write(json.dumps(vars(cfg), indent=1).encode()))
+    except OSError as error:
+        raise UsageError(f"--run_dir {run_dir}: cannot be written ({error.strerror}); try runs/mine") from error
+    return run_dir
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The last of the files named <step>-<sha256>.pt that holds what its name says; None if there are none.
+
+    Raises UsageError if there are some, and all are damaged.
+    """
+    files = sorted(folder.glob("*-*.pt"), reverse=True)
+    for path in files:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == path.stem.partition("-")[2]:
+                return path
+        print(f"{path} is damaged, and not used", file=sys.stderr)
+    if files:
+        raise UsageError(f"--resume {folder.parent}: {files[0]} is damaged, and there is no older one; try another run")
+    return None
+
+
+def save_model(folder: Path, model, tokenizer) -> None:
+    """A plain save_pretrained folder, put in the place of an older one when it is whole."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_checkpoint(run_dir: Path, step: int, size: int, write: Callable[[BinaryIO], None]) -> None:
+    """checkpoint/<step>-<sha256>.pt of about `size` bytes; then, not before, the last one goes, so there always is one.
+
+    A full disk costs a warning and the new one.
+    """
+    try:
+        (run_dir / "checkpoint").mkdir(exist_ok=True)
+        if size > (free := shutil.disk_usage(run_dir).free):
+            raise OSError(f"it takes {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
+        kept = write_whole(run_dir / f"checkpoint/{step:08}-{{sha256}}.pt", write)
+        for old in set(kept.parent.glob("*.pt")) - {kept}:
+            old.unlink()
+    except (OSError, RuntimeError) as error:  # torch.save raises the second on a full disk
+        print(f"\nno checkpoint of step {step} ({error}); the run goes on", file=sys.stderr)
+
+
+class Log:
+    """A file with a JSON object a line. None is lost: what a full disk refuses waits for the next append."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.waiting = path, []
+
+    def append(self, lines: list[dict]) -> None:
+        self.waiting += [json.dumps(line) + "\n" for line in lines]
+        with self.path.open("a") as file:
+            size = file.tell()
+            try:
+                file.writelines(self.waiting)
+                file.flush()
+                os.fsync(file.fileno())
+                self.waiting = []
+            except OSError as error:
+                print(f"{self.path}: {error.strerror}; its lines wait in memory", file=sys.stderr)
+        if self.waiting:
+            os.truncate(self.path, size)  # the last line may be half written
 
 
 def read(path: Path) -> list[dict]:
     """The lines of a log; of a run that was killed the last may be half written, and is left out."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UsageError(f"{path}: is damaged ({error}); try a copy of it") from error
 
 
-def cut_logs(run_dir: Path, step: int) -> None:
-    """Leaves only what came before `step` in the logs, so that a resumed run writes each step once."""
-    for log in (run_dir / "metrics.jsonl", run_dir / "completions.jsonl"):
-        shorter = log.with_suffix(".new")
-        shorter.write_text("".join(json.dumps(line) + "\n" for line in read(log) if line["step"] < step))
-        shorter.replace(log)
+def cut_log(path: Path, step: int) -> None:
+    """Leaves only what came before `step` in a log, so that a resumed run writes each step once."""
+    kept = [json.dumps(line) + "\n" for line in read(path) if line["step"] < step]
+    write_whole(path, lambda file: file.write("".join(kept).encode()))
+
+
+def progress_bar(steps: int, start: int, visible: bool) -> tuple:
+    """(tqdm's bar, show(phase, ids) which names on it what is going on)."""
+    from tqdm import tqdm
+
+    style = "{desc}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits 80 columns
+    options = {"bar_format": style, "dynamic_ncols": True, "miniters": 0, "mininterval": 0.5, "smoothing": 0}
+    bar = tqdm(total=steps, initial=start, disable=not visible, **options)
+
+    def show(phase: str, ids: object = None) -> None:
+        bar.set_description(phase, refresh=False)
+        bar.update(0)  # redraws it, at most twice a second
+
+    return bar, show
 
 
 def table(columns: dict[str, dict]) -> str:
@@ -631,8 +750,35 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def summary(run_dir: Path) -> str:
-    """What a run has achieved: before and after, the way there, and a held-out question's completion of each."""
+def best_so_far(run_dir: Path) -> float:
+    """The highest held-out pass@1 after a step of training in the log; -1 where there is none."""
+    lines = read(run_dir / "metrics.jsonl")
+    return max((line["eval_pass@1"] for line in lines if line["step"] > 0 and "eval_pass@1" in line), default=-1.0)
+
+
+def trouble(lines: list[dict], run_dir: Path, lr: float) -> str:
+    """What should be said after the last of these lines of metrics.jsonl: mostly nothing.
+
+    Raises UsageError where 5 updates in a row were skipped: a run that no longer learns should not go on.
+    """
+    if len(lines) >= 5 and all(line["skipped_updates"] for line in lines[-5:]):
+        raise UsageError(
+            f"--lr {lr}: the last 5 updates had a loss or gradient that is not finite, and were skipped: it is too "
+            f"high for this model, or --dtype too coarse; try --resume {run_dir} --lr {lr / 10:g} or --dtype float32"
+        )
+    equal = [line["equal_groups"] == 1 for line in lines]
+    if len(equal) < 20 or not all(equal[-20:]) or equal[-21:-20] == [True]:  # said once
+        return ""
+    accuracy = sum(line["accuracy"] for line in lines[-20:]) / 20
+    advice = "easier questions, a larger --group_size, or a model that is sometimes right"
+    return (
+        f"for 20 steps all completions of each question were rewarded alike (accuracy {accuracy:.2f}), and where none "
+        f"is better than another there is nothing to learn; try {'harder questions' if accuracy > 0.5 else advice}"
+    )
+
+
+def summary(run_dir: Path, task: str, steps: int) -> str:
+    """What a run has achieved: before and after, the way there, a completion of each, and what can be done next."""
     lines = read(run_dir / "metrics.jsonl")
     text = table({"before": lines[0], "after": lines[-1]})
     for name in ("accuracy", "length"):
@@ -644,7 +790,9 @@ def summary(run_dir: Path) -> str:
     for when, sample in zip(("before", "after"), pair, strict=True):
         turn = sample["prompt"].rpartition("<think>")[0] + sample["text"]  # which begins with <think>
         text += f"\n\n{when} training, {'right' if sample['accuracy'] else 'wrong'}:\n{turn}"
-    return printable(text)
+    example = "8 7 4 = 36" if task == "countdown" else "your question"
+    text += f"\n\nTo ask it: uv run R1ZeroTrain.py --resume {run_dir} --ask '{example}'"
+    return printable(f"{text}\nTo go on: uv run R1ZeroTrain.py --resume {run_dir} --steps {2 * steps or 1}")
 
 
 def write_card(command: str, run_dir: Path, model: str, task: str, dataset: str, steps: int, **_: object) -> None:

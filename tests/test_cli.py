@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import R1ZeroTrain
-from R1ZeroTrain import RECIPES, Config, parse_config
+from prompts import RECIPES
+from R1ZeroTrain import Config, parse_config
 
 BOUNDS = {  # smallest and largest value of each option that has any
     name: kind.__metadata__[0]
@@ -211,12 +212,13 @@ def test_resuming_a_damaged_config_is_refused(cli: Callable[..., Outcome], tmp_p
     assert_one_line(cli("--resume", tmp_path))
 
 
-def test_resuming_a_run_without_a_checkpoint_is_refused_before_the_model_is_loaded(
-    cli: Callable[..., Outcome], tmp_path: Path, tiny_llama: Path
+@pytest.mark.parametrize("what", [["--eval_only"], ["--ask", "7 8 = 15"]])
+def test_a_run_without_a_checkpoint_has_nothing_to_evaluate_or_to_ask(
+    cli: Callable[..., Outcome], tmp_path: Path, tiny_llama: Path, what: list[str]
 ) -> None:
     saved = json.dumps({"model": str(tiny_llama), "eval_questions": 4})
     (tmp_path / "config.json").write_text(saved)
-    assert_one_line(cli("--resume", tmp_path), f"--resume {tmp_path}", "checkpoint")
+    assert_one_line(cli("--resume", tmp_path, *what), f"--resume {tmp_path}", "no checkpoint", str(tiny_llama))
     assert (tmp_path / "config.json").read_text() == saved
 
 

@@ -486,7 +486,7 @@ def test_a_long_gradient_is_scaled_to_max_grad_norm_and_logged_as_it_was(case: C
 
 STEPS = 5
 KEYS = ["step", "reward", "accuracy", "format", "length", "truncated"]
-KEYS += ["kl", "entropy", "clip_fraction", "logp_gap", "grad_norm", "lr"]
+KEYS += ["kl", "entropy", "clip_fraction", "logp_gap", "grad_norm", "lr", "equal_groups", "skipped_updates"]
 TIMINGS = ["completion_tokens_per_second", "seconds"]
 EVAL_OPTIONS = ["--eval_only", "--eval_questions", "4", "--max_new_tokens", "12", "--device", "cpu"]
 EVAL_KEYS = [f"eval_{name}{more}" for name in ("pass@1", "length", "format", "truncated") for more in ("", "_interval")]
@@ -537,7 +537,7 @@ def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_run_directory_has_the_documented_files(finished: Path, tiny_llama: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "completions.jsonl", "checkpoint", "model"}
+    assert names == {"config.json", "metrics.jsonl", "completions.jsonl", "checkpoint", "best", "model"}
     saved = Config(**json.loads((finished / "config.json").read_text()))
     assert (saved.steps, saved.lr, saved.model) == (STEPS, 0.01, str(tiny_llama))
     assert "answers" not in AutoTokenizer.from_pretrained(finished / "model").special_tokens_map
