@@ -33,15 +33,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean
 from typing import Annotated, Literal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # the first of those that torchrun has started
     print("loading torch and transformers", flush=True)  # takes seconds, which should not pass in silence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -50,17 +51,8 @@ from transformers.generation.streamers import TextStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # What goes into a run: questions, models' files, options.
-from prompts import (
-    TASKS,
-    UsageError,
-    command_line,
-    encode,
-    ends_when_asked,
-    load_questions,
-    load_tokenizer,
-    model_files,
-)
-from prompts import parse, render_prompt, typed
+from prompts import TASKS, UsageError, command_line, encode, ends_when_asked, load_questions, load_tokenizer
+from prompts import model_files, parse, render_prompt, typed
 
 # What comes out of it: rewards and other figures, logs, checkpoints.
 from rewards import Log, best_so_far, cut_log, evaluation, extract_answer, format_reward, newest_whole, open_run_dir
@@ -137,7 +129,10 @@ def make_accelerator(cfg: Config) -> Accelerator:
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if cfg.device not in ("auto", "cpu", best):
         raise UsageError(f"--device {cfg.device}: this machine has {best}; try {best}")
-    accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision="no", log_with="wandb" if cfg.wandb else None)
+    # Processes may differ in how often they call the model: then an exchange of buffers at each call would never end.
+    alone = DistributedDataParallelKwargs(broadcast_buffers=False)
+    options = {"mixed_precision": "no", "log_with": "wandb" if cfg.wandb else None, "kwargs_handlers": [alone]}
+    accelerator = Accelerator(cpu="cpu" in (cfg.device, best), **options)
     if cfg.questions_per_step % (n := accelerator.num_processes):
         raise UsageError(f"--questions_per_step {cfg.questions_per_step}: not a multiple of {n} processes; try {4 * n}")
     return accelerator
@@ -152,8 +147,11 @@ def seeded(*key: object) -> torch.Generator:
 def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedModel:
     """The model in float32: at lr 1e-6 an update is smaller than half a bfloat16 step, and would be lost."""
     with model_files(model) as files:
-        if getattr(AutoConfig.from_pretrained(**files).get_text_config(), "attn_logit_softcapping", None):
-            files["attn_implementation"] = "eager"  # Gemma 2: sdpa leaves the capping out before transformers 5.22
+        capped = getattr(AutoConfig.from_pretrained(**files).get_text_config(), "attn_logit_softcapping", None)
+        # Written out where sdpa is wrong: with Gemma 2's capping before transformers 5.22; on MPS with padding (pytorch
+        # issues 167515, 184180).
+        if capped or torch.backends.mps.is_available():
+            files["attn_implementation"] = "eager"
         policy, loaded = AutoModelForCausalLM.from_pretrained(
             **files, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
@@ -554,11 +552,14 @@ def evaluate(policy, tokenizer, held_out: list[dict], cfg: Config, accelerator, 
 
     Every evaluation has the same questions and the same uniforms, so that two of them differ by the weights alone.
     """
-    tasks = [task | {"index": i} for i, task in enumerate(held_out)]
-    share = tasks[accelerator.process_index :: accelerator.num_processes]
-    k = cfg.eval_samples
-    rollout = generate(policy, tokenizer, share, k, cfg, "eval", lambda phase, ids: progress(f"eval {phase}", ids))
-    samples = gather_object(score(rollout, share, cfg))
+    k, i, n = cfg.eval_samples, accelerator.process_index, accelerator.num_processes
+    tasks = [task | {"index": number} for number, task in enumerate(held_out)]
+    share = tasks[len(tasks) * i // n : len(tasks) * (i + 1) // n]  # perhaps none
+    samples = []
+    if share:
+        rollout = generate(policy, tokenizer, share, k, cfg, "eval", lambda phase, ids: progress(f"eval {phase}", ids))
+        samples = score(rollout, share, cfg)
+    samples = gather_object(samples)
     metrics = evaluation([samples[i : i + k] for i in range(0, len(samples), k)])
     return {f"eval_{name}": value for name, value in metrics.items()}, samples[: 16 * k : k]
 
@@ -588,7 +589,10 @@ def save_checkpoint(run_dir: Path, step: int, model, optimizer) -> None:
 def read_checkpoint(run_dir: str) -> dict:
     """What save_checkpoint wrote, or step 0 of a run that never came to it. Raises UsageError if it is damaged."""
     path = newest_whole(Path(run_dir) / "checkpoint")
-    return torch.load(path, weights_only=True, map_location="cpu", mmap=True) if path else {"step": 0}
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True) if path else {"step": 0}
+    except (RuntimeError, UnpicklingError) as error:  # it holds code, which is never run
+        raise UsageError(f"--resume {run_dir}: {path} is no checkpoint ({error}); try another run") from error
 
 
 # ---- Main: Algorithm 1 ----------------------------------------------------------------------------------------------
@@ -648,7 +652,7 @@ def with_less_memory(optimizer, work: Callable, *args, cfg: Config, **more) -> t
 
 def main(cfg: Config) -> None:
     accelerator = make_accelerator(cfg)
-    is_main, q = accelerator.is_main_process, cfg.questions_per_step
+    is_main, share = accelerator.is_main_process, cfg.questions_per_step // accelerator.num_processes
     saved = read_checkpoint(cfg.resume) if cfg.resume else {"step": 0}
     if (start := saved["step"]) > cfg.steps:
         raise UsageError(f"--steps {cfg.steps}: {cfg.resume} has done {start} already; try {2 * start}")
@@ -675,6 +679,7 @@ def main(cfg: Config) -> None:
     if cfg.eval_only:
         evaluated, _ = evaluate(sampler, tokenizer, held_out, **shared)
         bar.close()
+        accelerator.end_training()
         if is_main:
             metrics.append([{"step": start} | evaluated])
         return accelerator.print(f"\n{table({'now': evaluated})}")
@@ -689,14 +694,15 @@ def main(cfg: Config) -> None:
                 save_checkpoint(run_dir, step, model, optimizer)
             if ends:
                 bar.close()
+                accelerator.end_training()
                 return accelerator.print(f"\nTo go on: uv run R1ZeroTrain.py --resume {run_dir}")
             evaluated, shown = {}, []
             if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
                 evaluated, shown = with_less_memory(optimizer, evaluate, sampler, tokenizer, held_out, **shared)
             if is_main and evaluated and step > 0 and evaluated["eval_pass@1"] > best_so_far(run_dir):
                 save_model(run_dir / "best", model, tokenizer)
-            mine = range(step * q + accelerator.process_index, (step + 1) * q, accelerator.num_processes)
-            tasks = [question_at(i) | {"index": i} for i in mine]  # Q questions, shared out among the processes
+            first = step * cfg.questions_per_step + share * accelerator.process_index
+            tasks = [question_at(i) | {"index": i} for i in range(first, first + share)]
             trained = (step, policy, reference, sampler, optimizer, tokenizer, tasks)
             line, samples = with_less_memory(optimizer, train_step, *trained, **shared)
             refresh(sampler, model, cfg.dtype)
@@ -724,7 +730,8 @@ def run(arguments: list[str]) -> int:
     try:
         main(parse_config(arguments))
     except UsageError as error:
-        print("R1ZeroTrain.py:", printable(" ".join(str(error).split())), file=sys.stderr)  # one line, always
+        if os.environ.get("RANK", "0") == "0":
+            print("R1ZeroTrain.py:", printable(" ".join(str(error).split())), file=sys.stderr)  # one line, always
         return 2
     except KeyboardInterrupt:
         pass  # when this is left, so are main's frames, and the bar draws itself for the last time
