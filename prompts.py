@@ -34,7 +34,16 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from rewards import MAX_ANSWER_CHARS, countdown_reward, gsm8k_reward, last_box, math_reward, math_verify_missing
+from rewards import (
+    MAX_MATH_CHARS,
+    TAGS,
+    countdown_reward,
+    gsm8k_reward,
+    last_box,
+    math_reward,
+    math_verify_missing,
+    tidy,
+)
 
 
 class UsageError(ValueError):
@@ -274,7 +283,8 @@ def read_math(row: dict) -> dict | None:
         solution = _text(row["solution"])
         gold = last_box(solution)
         gold = "" if gold == solution else gold  # it has no box
-    if not question or not gold or len(gold) > MAX_ANSWER_CHARS:
+    # What math_reward pays for no answer: one that is too long, nothing but units and spaces, or cut short by a tag.
+    if not question or len(gold) > MAX_MATH_CHARS or not tidy(gold) or any(tag in gold for tag in TAGS):
         return None
     return ask_for_work(question) | {"answer": {"gold": gold}}
 

@@ -1,5 +1,6 @@
 """prompts.py: templates, the Countdown generator and its held-out problems, and the loaders, on files made here."""
 
+import gzip
 import itertools
 import json
 import os
@@ -562,6 +563,9 @@ BROKEN = {
     "binary.jsonl": (bytes(range(128, 256)), "unreadable"),
     "binary.csv": (bytes(range(128, 256)), "unreadable"),
     "scalars.jsonl": (b"3\n4\n", "unreadable"),
+    "nulls.jsonl": (b"null\nnull\n", "no row is a JSON object"),  # pyarrow 26 would end the process
+    "strings.json": (b'["a", "b"]', "no row is a JSON object"),
+    "archive.jsonl": (gzip.compress(b'{"target": 3, "nums": [1, 2]}\n')[:-9], "no row is a JSON object"),
     "columns.jsonl": (
         b'{"goal": 3, "numbers": [1, 2]}\n',
         "has the columns goal, numbers; --task countdown reads target and",
