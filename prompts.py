@@ -659,7 +659,7 @@ def _select(task: str, named: str, table: object) -> object:
     if columns is None:
         others = [name for name, other in TASKS.items() for c in other.columns if set(c) <= set(names)]
         raise UsageError(
-            f"{named}: has the columns {' '.join(', '.join(names).split())[:200]}; --task {task} reads "
+            f"{named}: has the columns {' '.join(printable(', '.join(names)).split())[:200]}; --task {task} reads "
             + (" or ".join(" and ".join(columns) for columns in spec.columns) or "no dataset")
             + f"; try {f'--task {others[0]}' if others else 'a dataset with these'}"
         )
@@ -716,7 +716,7 @@ def _load_by_library(option: str, dataset: str, on_hub: bool) -> dict:
     # that is a script, an archive that is damaged or needs another library; StopIteration for a file without a row.
     except (datasets.exceptions.DatasetsError, *LIBRARY_ERRORS) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-        reason = " ".join(str(cause).split())[:200] or "no rows"
+        reason = " ".join(printable(str(cause)).split())[:200] or "no rows"
     if on_hub:
         raise UsageError(
             f"--{option} {dataset}: could not be fetched from the Hugging Face hub ({reason}); try --{option} with a "
@@ -740,7 +740,7 @@ def _load_file(option: str, dataset: str, read: Callable[[str], object]) -> obje
             return table
         reason = "no data: it has no rows"
     except (csv.Error, *LIBRARY_ERRORS) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(printable(str(error)).split())[:200]
     raise UsageError(f"--{option} {dataset}: unreadable: {reason}; try openai/gsm8k or a .jsonl file, an object a line")
 
 

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -80,7 +81,8 @@ def usage_error(call: Callable[[], object]) -> str | None:
 
 GOOD = {
     "countdown": [{"nums": [n % 7 + 1, n % 9 + 1, n], "target": n} for n in range(40)],
-    "gsm8k": [{"question": f"What is {n} + 1?", "answer": f"so it is\n#### {n + 1:,}"} for n in range(40)],
+    # U+2028 ends a line for str.splitlines, and not for JSON
+    "gsm8k": [{"question": f"What is\u2028{n} + 1?", "answer": f"so it is\n#### {n + 1:,}"} for n in range(40)],
     "math": [{"problem": f"Halve ${n}$.", "answer": f"\\frac{{{n}}}{{2}}"} for n in range(40)],
 }
 task_names = st.sampled_from(list(TASKS))
@@ -191,7 +193,8 @@ def check_loaded(task: str, path: Path) -> None:
             assert earned(task, question)
 
     message = usage_error(load)
-    assert message is None or message.startswith(f"--dataset {path}: ") and len(message) < len(str(path)) + 500
+    if message is not None:
+        assert message.startswith(f"--dataset {path}: ") and message.isprintable() and len(message) < 600
 
 
 @pytest.fixture
@@ -221,7 +224,7 @@ def test_a_damaged_line_costs_no_other(fuzz: Callable[..., None], tmp_path: Path
 
     def check(case: tuple[str, int, bytes]) -> None:
         task, place, line = case
-        lines = [json.dumps(row).encode() for row in GOOD[task]]
+        lines = [json.dumps(row, ensure_ascii=False).encode() for row in GOOD[task]]
         path.write_bytes(b"\n".join([*lines[:place], line, *lines[place:]]))
         question_at, held_out = load_questions(task, str(path), 0, 1000)
         found = keys(task, held_out + [question_at(i) for i in range(41)])
@@ -235,7 +238,7 @@ def test_a_damaged_line_costs_no_other(fuzz: Callable[..., None], tmp_path: Path
 
 names_of_files = st.one_of(
     any_text.map(lambda text: "a" + text.replace("/", "") + ".jsonl"),
-    st.sampled_from(["[1].jsonl", "*.csv", "a?.parquet", "**.json", "x::y.jsonl", "{a}.csv", "-.jsonl", "%s.csv"]),
+    st.sampled_from(["[1].jsonl", "*.csv", "[1].parquet", "**.json", "x::y.jsonl", "{a}.csv", "-.jsonl", "%s.csv"]),
 )
 
 
@@ -278,7 +281,9 @@ def test_any_question_typed_by_the_user(fuzz: Callable[..., None]) -> None:
         ids = tokenizer(render_prompt(tokenizer, question["question"], template))["input_ids"]
         assert len(ids) <= 1024 - 8 and text.strip() in tokenizer.decode(ids) or question["answer"]
 
-    asked = any_text | st.sampled_from(["8 7 4 = 36", "{question}", "{{ 7 }}", "{0}", "%s", "<think>", "a" * 10**5])
+    asked = any_text | st.sampled_from(
+        ["8 7 4 = 36", "{question}", "{{ 7 }}", "{0}", "%s", "<think>", "\udcff?", "a" * 10**5]
+    )
     fuzz(check, st.tuples(task_names, asked, st.sampled_from(["base", "chat"])), 100, share=0.25)
 
 
@@ -355,7 +360,7 @@ def test_any_command_line_is_refused_in_a_line_or_has_options_in_range(
     fuzz(lambda line: usage_error(lambda: assert_within_bounds(parse_config(line))), command_lines, 300)
 
 
-@pytest.mark.parametrize("line", [["--operands=--"], ["--recipe=--"], ["--model=--"], ["--wandb=--"]])
+@pytest.mark.parametrize("line", [["--operands=--"], ["--recipe=--"], ["--model=--"]])
 @pytest.mark.xfail(reason="awaits a change of R1ZeroTrain.py", strict=True)
 def test_two_dashes_are_no_value(line: list[str]) -> None:
     """argparse makes an empty list of them."""
@@ -428,22 +433,43 @@ pieces = st.one_of(
         ["<think>", "</think>", "<answer>", "</answer>", "(", ")", "+", "-", "*", "/", "1", "2", "7", " ", ","]
     ),
     st.sampled_from(
-        [",000", "\\frac", "{", "}", "\\pm", "x", "=", "\\sqrt", "[", "]", "^", "_", "\\text{", "####", "$", "%"]
+        [
+            ",000",
+            "\\frac",
+            "{",
+            "}",
+            "\\pm",
+            "x",
+            "=",
+            "\\sqrt",
+            "[",
+            "]",
+            "^",
+            "_",
+            "\\text{",
+            "####",
+            "$",
+            "%",
+            "/0",
+            "/(2-2)",
+        ]
     ),
 )
-texts = st.lists(pieces, max_size=12).map("".join)
+texts = st.lists(pieces, max_size=12).map("".join) | st.sampled_from(["1/0", "7/(2-2)", "\\frac{1}{0}", "1e9/0"])
 completions = texts | texts.map(lambda text: f"<think></think><answer>{text}</answer>")
 
 
 def test_any_completion_of_any_question_is_worth_0_or_1(fuzz: Callable[..., None]) -> None:
-    def check(case: tuple[str, str, list, object]) -> None:
+    def check(case: tuple[str, str, list[int] | None, int]) -> None:
         completion, gold, numbers, target = case
+        if numbers is None:
+            numbers = [int(number) for number in re.findall("0|[1-9][0-9]{0,20}", completion)]
         assert TASKS["countdown"].reward(completion, numbers, target) in (0.0, 1.0)
         assert TASKS["gsm8k"].reward(completion, gold) in (0.0, 1.0)
         assert TASKS["math"].reward(completion, gold) in (0.0, 1.0)
 
     whole = st.one_of(st.integers(-9, 9), st.integers(), st.just(10**5000))
-    fuzz(check, st.tuples(completions, texts | completions, st.lists(whole, max_size=6), whole), 100)
+    fuzz(check, st.tuples(completions, texts | completions, st.none() | st.lists(whole, max_size=6), whole), 200)
 
 
 def test_any_samples_are_summed_up_and_shown(fuzz: Callable[..., None]) -> None:
@@ -476,12 +502,8 @@ def test_a_run_on_a_file_where_everything_is_wrong_somewhere(
     """Among 40 good rows are damaged ones, duplicates, and one of a million characters, to no harm."""
     rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(40)]
     odd = [{"question": "a" * 10**6, "answer": "#### 7"}, {"question": "What is NaN?", "answer": math.nan}, [7], None]
-    odd += [
-        {"question": "What is\t3 + 1? ", "answer": "4"},
-        {"question": 5},
-        rows[7],
-        {"question": "\ud800", "answer": 7},
-    ]
+    odd += [{"question": f"What is\t{n} + 1? ", "answer": n + 1} for n in range(8)]
+    odd += [{"question": 5}, rows[7], {"question": "\ud800", "answer": 7}]
     lines = [json.dumps(row) for row in [*rows[:20], *odd, *rows[20:]]]
     data, run_dir = tmp_path / "data.jsonl", tmp_path / "run"
     data.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(lines).encode() + b'\n\0\xff\n{"question": "half a')
@@ -489,8 +511,8 @@ def test_a_run_on_a_file_where_everything_is_wrong_somewhere(
     arguments += "--questions_per_step 4 --group_size 2 --max_new_tokens 2 --eval_questions 99"
     assert R1ZeroTrain.run(arguments.split()) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--dataset")]
-    assert said[0].endswith(": 7 of 50 rows are damaged or have no usable answer: 22, 23, 24, 26, 28, …")
-    assert ": 1 of 50 rows are left out as too long: 21; row 21 makes a prompt of 1,000," in said[1] and len(said) == 2
+    assert said[0].endswith(": 7 of 57 rows are damaged or have no usable answer: 22, 23, 24, 33, 35, …")
+    assert ": 1 of 57 rows are left out as too long: 21; row 21 makes a prompt of 1,000," in said[1] and len(said) == 2
     records = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
     asked = Counter((" ".join(record["question"].split()), "advantage" in record) for record in records)
     trained, held_out = ({question for question, training in asked if training is side} for side in (True, False))
