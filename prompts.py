@@ -1,5 +1,5 @@
-"""Questions for the policy: the prompt templates, the Countdown generator, the datasets, and `TASKS`, which ties each
-kind of question to the reward that grades it.
+"""What goes into a run: the prompt templates, the Countdown generator, the datasets, `TASKS`, which ties each kind of
+question to the reward that grades it, a model's files, the recipes and the command line.
 
 A question is a plain dict, `{"question": text, "answer": keyword arguments of the task's reward}`: for Countdown
 `{"numbers": [44, 19, 35], "target": 98}`, for GSM8K `{"gold": "18"}`. `load_questions` is the way in for training. To
@@ -13,17 +13,24 @@ train on a task of your own, put it into TASKS in a file of your own, and call R
     sys.exit(R1ZeroTrain.run(sys.argv[1:]))  # then: python mine.py --task double
 """
 
+import csv
+import glob
 import hashlib
 import inspect
 import json
 import logging
+import lzma
+import os
 import random
 import re
 import shlex
 import signal
 import sys
+import tarfile
+import zipfile
+import zlib
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -34,13 +41,16 @@ from typing import get_type_hints
 from jinja2 import TemplateError
 
 from rewards import (
-    MAX_ANSWER_CHARS,
+    MAX_MATH_CHARS,
+    TAGS,
     UsageError,
     countdown_reward,
     gsm8k_reward,
     last_box,
     math_reward,
     math_verify_missing,
+    printable,
+    tidy,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +286,8 @@ def read_math(row: dict) -> dict | None:
         solution = _text(row["solution"])
         gold = last_box(solution)
         gold = "" if gold == solution else gold  # it has no box
-    if not question or not gold or len(gold) > MAX_ANSWER_CHARS:
+    # What math_reward pays for no answer: one that is too long, nothing but units and spaces, or cut short by a tag.
+    if not question or len(gold) > MAX_MATH_CHARS or not tidy(gold) or any(tag in gold for tag in TAGS):
         return None
     return ask_for_work(question) | {"answer": {"gold": gold}}
 
@@ -284,7 +295,15 @@ def read_math(row: dict) -> dict | None:
 def _text(value: object) -> str:
     """The text of a cell; "" for one that is missing or holds something else. CSV makes NaN of a missing number."""
     usable = isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
-    return str(value).strip() if usable else ""
+    return str(value).strip() if usable and _is_unicode(str(value)) else ""
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether text has no lone surrogates, which JSON's "\\ud800" makes, and Python of bytes that are no UTF-8.
+
+    They can be neither hashed nor tokenized.
+    """
+    return not re.search("[\ud800-\udfff]", text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,8 +315,9 @@ def model_files(model: str) -> Iterator[dict]:
     """from_pretrained's arguments for a folder or a hub name; whatever goes wrong with them becomes a UsageError."""
     from transformers.utils.logging import disable_progress_bar
 
-    folder = next((f for f in (Path(model), Path(__file__).parent / model) if f.is_dir()), None)
-    if folder is None and (Path(model).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
+    # os.path's, as Path's raises for a name that is too long.
+    folder = next((f for f in (Path(model), Path(__file__).parent / model) if os.path.isdir(f)), None)
+    if folder is None and (os.path.isdir(Path(model).parent) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
         raise UsageError(f"--model {model}: no such folder; try notebooks/tiny-base or a hub name like owner/model")
     parts = {"config": "config.json", "tokenizer": "tokenizer*", "weights": "model*.safetensors*"}
     for part, files in parts.items() if folder else ():
@@ -380,7 +400,8 @@ class Task:
     eval_dataset: str = ""  # asked in evaluations where neither --dataset nor --eval_dataset is given
     columns: tuple[tuple[str, ...], ...] = ()  # sets of columns of which a dataset must have one
     read: Callable[[dict], dict | None] | None = None  # read(row) makes a question of those columns, or None
-    key: Callable[[dict], str] = lambda question: question["question"]  # questions of one key are the same question
+    # Questions of one key are the same question, and never on both sides; white space does not make them different.
+    key: Callable[[dict], str] = lambda question: " ".join(question["question"].split())
     ask: Callable[[str], dict] = lambda text: {"question": text, "answer": None}  # makes a question of --ask
 
 
@@ -478,10 +499,11 @@ def parse(kind: type, arguments: list[str]) -> object:
         raise UsageError(f"{message.removeprefix('argument ')}; try {works or '--help'}")
 
     parser.error = refuse
+    arguments = [word.removesuffix("=--") for word in arguments]  # of which argparse would make an empty list
     first = parser.parse_args(arguments)
     base, saved = RECIPES[first.recipe][1].split(), {}
     if first.resume:
-        saved = _read_config(first.resume)
+        saved = _read_config(kind, first.resume)
         base = typed({k: v for k, v in saved.items() if k not in ("run_dir", "eval_only", "ask", "wandb")})
         arguments = arguments if first.eval_only else [*arguments, "--run_dir", first.resume]  # the same run, go on
     cfg = kind(**vars(parser.parse_args(base + arguments)))  # as if typed in front, so checked like the rest
@@ -490,8 +512,10 @@ def parse(kind: type, arguments: list[str]) -> object:
             if not low <= getattr(cfg, name) <= high:
                 raise UsageError(f"--{name} {getattr(cfg, name)}: must be {low} to {high}; try {getattr(kind, name)}")
     for name in ("recipe", "model", "task", "seed") if first.resume and not first.eval_only else ():
-        if getattr(cfg, name) != (was := saved.get(name, getattr(kind, name))):
-            raise UsageError(f"--{name} {getattr(cfg, name)}: would be another run than {first.resume}; try {was}")
+        if getattr(cfg, name) != saved[name]:
+            raise UsageError(
+                f"--{name} {getattr(cfg, name)}: would be another run than {first.resume}; try {saved[name]}"
+            )
     return cfg
 
 
@@ -526,14 +550,12 @@ def ends_when_asked() -> Iterator[list]:
             signal.signal(number, handler)
 
 
-def _read_config(run_dir: str) -> dict:
+def _read_config(kind: type, run_dir: str) -> dict:
     try:
         saved = json.loads((Path(run_dir) / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        return vars(kind(**saved))  # an option that it lacks has its default
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"--resume {run_dir}: no run to go on with ({error}); try a folder in runs/") from error
-    if not isinstance(saved, dict):
-        raise UsageError(f"--resume {run_dir}: config.json holds no options; try a folder in runs/")
-    return saved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,7 +587,8 @@ def load_questions(
     Datasets are hub names, local folders, or .jsonl .json .parquet .csv files; "" is the task's own. Held out is the
     test split of `eval_dataset`, or all of it where it has none; without one, the test split of `dataset`, or a quarter
     of its questions where it has none: all of them with `eval_only`, unless it is a run to `resume`, which has trained
-    on the others. With a `tokenizer`, no prompt may be longer than its `model_max_length` less `max_new_tokens`.
+    on the others. Rows that are damaged or have no answer are left out, and so are, with a `tokenizer`, those whose
+    prompts are longer than its `model_max_length` less `max_new_tokens`: how many, and which, stands on stderr.
     Among `options` are those of the task's generator. With `ask` that is the one question held out, and there are no
     others. Raises UsageError where an option cannot work.
     """
@@ -577,20 +600,24 @@ def load_questions(
     dataset = dataset or spec.dataset
     if not dataset and not spec.generate:
         raise UsageError(f"--dataset: --task {task} makes no questions of its own; try --dataset with a file")
-    check = _length_check(tokenizer, template, max_new_tokens)
+    too_long = _length_check(tokenizer, template, max_new_tokens)
     if ask is not None:
+        if not _is_unicode(ask):
+            raise UsageError(f"--ask {printable(ask)}: holds bytes that are no UTF-8; try '44 19 35 = 98'")
         question = ask_question(task, ask)
-        check(question["question"], "--ask: the question")
+        if reason := too_long(question["question"]):
+            raise UsageError(f"--ask: the question {reason}; try a shorter one or a smaller --max_new_tokens")
         return None, [question]
 
-    train, test = _rows(task, dataset, eval_dataset, eval_only, bool(resume), check)
+    train, test = _rows(task, dataset, eval_dataset, eval_only, bool(resume), too_long)
     if test:  # drawn rather than taken from the top: a file may be sorted
         chosen = random.Random(HELD_OUT_RNG).sample(list(test.keys), min(eval_questions, len(test.keys)))
         held_out = [spec.read(test.table[row]) for row in chosen]
     else:
         held_out = _generate_held_out(task, eval_questions, options)
         for number, question in enumerate(held_out, start=1):
-            check(question["question"], f"--task {task}: held-out question {number}")
+            if reason := too_long(question["question"]):
+                raise UsageError(f"--task {task}: held-out question {number} {reason}; try a smaller --max_new_tokens")
     if eval_only:
         return None, held_out
     evaluated = frozenset(test.keys.values()) if test else frozenset()
@@ -631,10 +658,10 @@ def _generate_held_out(task: str, count: int, options: dict) -> list[dict]:
     return list(found.values())
 
 
-def _length_check(tokenizer, template: str, max_new_tokens: int) -> Callable[[str, str], None]:
-    """check(question, where) raises UsageError if the question's prompt leaves no room for max_new_tokens."""
+def _length_check(tokenizer, template: str, max_new_tokens: int) -> Callable[[str], str]:
+    """too_long(question) says by how much, if the question's prompt leaves no room for max_new_tokens; else ""."""
     if tokenizer is None:
-        return lambda question, where: None
+        return lambda question: ""
     room = tokenizer.model_max_length - max_new_tokens
     if room < 1:
         longest = tokenizer.model_max_length
@@ -642,18 +669,19 @@ def _length_check(tokenizer, template: str, max_new_tokens: int) -> Callable[[st
     # A token is a byte or more, but for the few that mark where a text begins: most questions need no tokenizing.
     surely_fits = room - len(render_prompt(tokenizer, "", template).encode()) - 8
 
-    def check(question: str, where: str) -> None:
+    def too_long(question: str) -> str:
         if len(question.encode()) <= surely_fits:
-            return
+            return ""
         prompt = render_prompt(tokenizer, question, template)
         tokens = len(encode(tokenizer, prompt, template, verbose=False)["input_ids"])
-        if tokens > room:
-            raise UsageError(
-                f"{where} makes a prompt of {tokens:,} tokens, and the model has room for {room:,} beside "
-                f"--max_new_tokens {max_new_tokens}; try a dataset with shorter questions or a smaller --max_new_tokens"
-            )
+        if tokens <= room:
+            return ""
+        return (
+            f"makes a prompt of {tokens:,} tokens, and the model has room for {room:,} beside "
+            f"--max_new_tokens {max_new_tokens}"
+        )
 
-    return check
+    return too_long
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -663,7 +691,12 @@ TEST_SPLITS = ("test", "validation")
 HUB_CONFIGS = {"openai/gsm8k": "main"}
 # A single split that its authors cut by position: so many rows to train on, and so many after them to test on.
 HUB_CUTS = {"Jiayi-Pan/Countdown-Tasks-3to4": (327_680, 1_024)}
-FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+LIBRARY_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, StopIteration, ImportError, EOFError) + (
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass
@@ -700,26 +733,28 @@ def _without(rows: Rows, evaluated: frozenset, dataset: str) -> Rows:
 
 
 def _rows(
-    task: str, dataset: str, eval_dataset: str, eval_only: bool, resumed: bool, check: Callable
+    task: str, dataset: str, eval_dataset: str, eval_only: bool, resumed: bool, too_long: Callable
 ) -> tuple[Rows | None, Rows | None]:
     """The rows to train on and those to evaluate on; None where questions are made on the spot, or not asked for."""
     if not eval_dataset or eval_dataset == dataset:
-        return _split_rows(task, dataset, eval_only, resumed, check) if dataset else (None, None)
+        return _split_rows(task, dataset, eval_only, resumed, too_long) if dataset else (None, None)
     splits, train = _load_dataset("eval_dataset", eval_dataset), None
-    test = _usable_rows(task, f"--eval_dataset {eval_dataset}", splits, _train_and_test(splits)[1], check)
+    test = _usable_rows(task, f"--eval_dataset {eval_dataset}", splits, _train_and_test(splits)[1], too_long)
     if dataset and not eval_only:
         splits = _load_dataset("dataset", dataset)
-        train = _usable_rows(task, f"--dataset {dataset}", splits, _train_and_test(splits)[0], check)
+        train = _usable_rows(task, f"--dataset {dataset}", splits, _train_and_test(splits)[0], too_long)
     return train, test
 
 
-def _split_rows(task: str, dataset: str, eval_only: bool, resumed: bool, check: Callable) -> tuple[Rows | None, Rows]:
+def _split_rows(
+    task: str, dataset: str, eval_only: bool, resumed: bool, too_long: Callable
+) -> tuple[Rows | None, Rows]:
     """The rows to train on, None with eval_only, and those held out."""
     splits = _load_dataset("dataset", dataset)
     train, test = _train_and_test(splits)
-    rows = _usable_rows(task, f"--dataset {dataset}", splits, test, check)
+    rows = _usable_rows(task, f"--dataset {dataset}", splits, test, too_long)
     if train != test:
-        return None if eval_only else _usable_rows(task, f"--dataset {dataset}", splits, train, check), rows
+        return None if eval_only else _usable_rows(task, f"--dataset {dataset}", splits, train, too_long), rows
     if eval_only and not resumed:
         if test not in TEST_SPLITS:
             print(
@@ -745,75 +780,193 @@ def _train_and_test(splits: dict) -> tuple[str, str]:
     return train, test or train
 
 
-def _usable_rows(task: str, named: str, splits: dict, split: str, check: Callable) -> Rows:
-    """`named` is the option and its value, as errors begin with it."""
-    spec, table = TASKS[task], splits[split]
-    columns = next((columns for columns in spec.columns if set(columns) <= set(table.column_names)), None)
-    if columns is None:
-        others = [name for name, other in TASKS.items() for c in other.columns if set(c) <= set(table.column_names)]
-        raise UsageError(
-            f"{named}: has the columns {', '.join(table.column_names)}; --task {task} reads "
-            + (" or ".join(" and ".join(columns) for columns in spec.columns) or "no dataset")
-            + f"; try {f'--task {others[0]}' if others else 'a dataset with these'}"
-        )
-    table = table.select_columns(list(columns))
-    keys, unusable = {}, []
-    for start, batch in zip(range(0, len(table), 1000), table.iter(1000), strict=True):
-        for row, cells in enumerate(zip(*(batch[column] for column in columns), strict=True), start):
-            question = spec.read(dict(zip(columns, cells, strict=True)))
-            if question is None:
-                unusable.append(row + 1)
-                continue
+def _usable_rows(task: str, named: str, splits: dict, split: str, too_long: Callable) -> Rows:
+    """`named` is the option and its value, as errors begin with it. Rows that cannot be used are left out, and said."""
+    spec, table = TASKS[task], _select(task, named, splits[split])
+    keys, no_answer, long = {}, [], {}
+    for row, cells in enumerate(_iterate(table)):
+        question = spec.read(cells)
+        if question is None:
+            no_answer.append(row + 1)
+        elif reason := too_long(question["question"]):
+            long[row + 1] = reason
+        else:
             keys[row] = spec.key(question)
-            check(question["question"], f"{named}: row {row + 1}" + f" of its {split} split" * (len(splits) > 1))
+    row, reason = next(iter(long.items()), (0, ""))
+    of_split = f" of its {split} split" * (len(splits) > 1)
+    if long and not keys:
+        raise UsageError(
+            f"{named}: row {row}{of_split} {reason}, and the others are no better; "
+            "try a dataset with shorter questions or a smaller --max_new_tokens"
+        )
     if not keys:
         raise UsageError(f"{named}: no row of {len(table)} has a usable answer; try a dataset that fits --task {task}")
-    if unusable:
-        first = ", ".join(map(str, unusable[:5])) + (", …" if len(unusable) > 5 else "")
-        print(f"{named}: {len(unusable)} of {len(table)} rows have no usable answer: {first}", file=sys.stderr)
+    count = f"of {len(table)} rows{of_split}"
+    if no_answer:
+        print(
+            f"{named}: {len(no_answer)} {count} are damaged or have no usable answer: {_first(no_answer)}",
+            file=sys.stderr,
+        )
+    if long:
+        print(
+            f"{named}: {len(long)} {count} are left out as too long: {_first(long)}; row {row} {reason}",
+            file=sys.stderr,
+        )
     return Rows(table, keys)
 
 
+def _first(rows: Iterable[int]) -> str:
+    words = [str(row) for row in rows]
+    return ", ".join(words[:5]) + (", …" if len(words) > 5 else "")
+
+
+def _select(task: str, named: str, table: object) -> object:
+    """The table with the columns that the task reads; None stands where a row of a file lacks one."""
+    spec = TASKS[task]
+    if isinstance(table, list):
+        names = list(dict.fromkeys(name for row in table for name in row))
+    else:
+        names = table.column_names
+    columns = next((columns for columns in spec.columns if set(columns) <= set(names)), None)
+    if columns is None:
+        others = [name for name, other in TASKS.items() for c in other.columns if set(c) <= set(names)]
+        raise UsageError(
+            f"{named}: has the columns {' '.join(printable(', '.join(names)).split())[:200]}; --task {task} reads "
+            + (" or ".join(" and ".join(columns) for columns in spec.columns) or "no dataset")
+            + f"; try {f'--task {others[0]}' if others else 'a dataset with these'}"
+        )
+    if isinstance(table, list):
+        return [{name: row.get(name) for name in columns} for row in table]
+    return table.select_columns(list(columns))
+
+
+def _iterate(table: object) -> Iterator[dict]:
+    if isinstance(table, list):
+        yield from table
+        return
+    for batch in table.iter(1000):  # row by row would take several times as long
+        for cells in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, cells, strict=True))
+
+
 def _load_dataset(option: str, dataset: str) -> dict:
-    """A hub dataset, local folder or local file as `{split: datasets.Dataset}`."""
+    """A hub dataset, local folder or file as `{split: table}`, each table a datasets.Dataset or a list of dicts.
+
+    Raises UsageError for what cannot be read.
+    """
+    reader = FILE_READERS.get(Path(dataset).suffix.lower())
+    # os.path's functions, unlike Path's, are False for names that no file can have, too.
+    if os.path.isfile(dataset):
+        if not reader:
+            raise UsageError(f"--{option} {dataset}: cannot be read; try a {', '.join(FILE_READERS)} file")
+        return {"train": _load_file(option, dataset, reader)}
+    if os.path.isdir(dataset):
+        return _load_by_library(option, dataset, on_hub=False)
+    if reader or os.path.exists(dataset) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset):
+        raise UsageError(f"--{option} {dataset}: there is no such file; try openai/gsm8k or a path that exists")
+    return _load_by_library(option, dataset, on_hub=True)
+
+
+def _load_by_library(option: str, dataset: str, on_hub: bool) -> dict:
     import datasets  # takes seconds, and the generated Countdown does without
 
-    path = Path(dataset)
-    reader = FILE_READERS.get(path.suffix.lower())
-    on_hub = not reader and not path.exists() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset)
-    if path.is_file() and not reader:
-        raise UsageError(f"--{option} {dataset}: cannot be read; try a {', '.join(FILE_READERS)} file")
-    if not path.exists() and not on_hub:
-        raise UsageError(f"--{option} {dataset}: there is no such file; try openai/gsm8k or a path that exists")
-    if path.is_file() and path.stat().st_size == 0:
-        raise UsageError(f"--{option} {dataset}: the file is empty; try openai/gsm8k or a file with rows")
     # What goes wrong is to be reported once, in a line below, and not by the libraries' logs too.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
-        if on_hub:
-            splits = datasets.load_dataset(dataset, HUB_CONFIGS.get(dataset))
-            if dataset in HUB_CUTS:
-                end, more = HUB_CUTS[dataset]
-                rows = splits["train"]
-                return {"train": rows.select(range(end)), "test": rows.select(range(end, end + more))}
-            return splits
-        datasets.disable_progress_bars()
-        if path.is_dir():
+        if not on_hub:
+            datasets.disable_progress_bars()
             configs = datasets.get_dataset_config_names(dataset)  # a copy of openai/gsm8k has two
             return datasets.load_dataset(dataset, "main" if "main" in configs else None)
-        splits = datasets.load_dataset(reader, data_files=dataset)
-        if path.suffix.lower() == ".json" and "data" in splits["train"].column_names:  # {"data": [...]}
-            return datasets.load_dataset(reader, data_files=dataset, field="data")
+        splits = datasets.load_dataset(dataset, HUB_CONFIGS.get(dataset))
+        if dataset in HUB_CUTS:
+            end, more = HUB_CUTS[dataset]
+            rows = splits["train"]
+            return {"train": rows.select(range(end)), "test": rows.select(range(end, end + more))}
         return splits
     # What datasets and huggingface_hub raise for a broken file, no network, no such dataset or configuration, a dataset
-    # that is a script; StopIteration for a JSON file without a row.
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, StopIteration) as error:
+    # that is a script, an archive that is damaged or needs another library; StopIteration for a file without a row.
+    except (datasets.exceptions.DatasetsError, *LIBRARY_ERRORS) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-        reason = " ".join(str(cause).split())[:200] or "no rows"
+        reason = " ".join(printable(str(cause)).split())[:200] or "no rows"
     if on_hub:
         raise UsageError(
             f"--{option} {dataset}: could not be fetched from the Hugging Face hub ({reason}); try --{option} with a "
             "folder or file that holds a copy of it, or the default recipe, which needs nothing from the hub"
         )
     raise UsageError(f"--{option} {dataset}: unreadable: {reason}; try openai/gsm8k or a .jsonl file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Local files. What people edit, .jsonl .json .csv, is read here and not by datasets: a row that is damaged costs no
+# other, numbers and text may stand in one column, and pyarrow crashes, beyond any except, on a file of nulls.
+
+
+def _load_file(option: str, dataset: str, read: Callable[[str], object]) -> object:
+    """The rows of a file: a list of dicts, {} for one that is damaged, or a datasets.Dataset."""
+    if os.path.getsize(dataset) == 0:
+        raise UsageError(f"--{option} {dataset}: the file is empty; try openai/gsm8k or a file with rows")
+    try:
+        table = read(dataset)
+        if len(table):
+            return table
+        reason = "no data: it has no rows"
+    except (csv.Error, *LIBRARY_ERRORS) as error:
+        reason = " ".join(printable(str(error)).split())[:200]
+    raise UsageError(f"--{option} {dataset}: unreadable: {reason}; try openai/gsm8k or a .jsonl file, an object a line")
+
+
+def _read_json(path: str) -> list[dict]:
+    """The rows of a list, of an object with a list under "data", or else of lines with an object each."""
+    # Bytes that are no UTF-8 spoil the row that they are in: see _is_unicode.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = file.read()
+    reason = "no row is a JSON object"
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        rows = [_json_line(line) for line in text.split("\n") if line.strip()]
+        reason = f"no row is a JSON object: {error}"
+    if isinstance(rows, dict):
+        rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
+    rows = [row if isinstance(row, dict) else {} for row in rows] if isinstance(rows, list) else []
+    if rows and not any(rows):
+        raise ValueError(reason)
+    return rows
+
+
+def _json_line(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # half of it, a number of 5,000 digits, or brackets 5,000 deep
+        return None
+
+
+def _read_csv(path: str) -> list[dict]:
+    csv.field_size_limit(2**30)  # instead of 131,072 characters
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            rows = list(reader)
+        except csv.Error as error:  # a quote that nothing closes makes one cell of all that follows
+            raise ValueError(f"line {reader.line_num}: {error}") from error
+    if not all(name.isprintable() for name in reader.fieldnames or ()):
+        raise ValueError("its first line is no text")
+    # Under None stand the cells that a row has too many. What a row has too few, or pandas has written as NaN, is None.
+    return [
+        {} if None in row else {k: None if v in (None, "NaN", "nan") else v for k, v in row.items()} for row in rows
+    ]
+
+
+def _read_parquet(path: str) -> object:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        return datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+
+
+FILE_READERS = {".jsonl": _read_json, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}

@@ -5,6 +5,8 @@ number is compared within a tolerance, and whatever the text, even a megabyte of
 second and without an exception: lengths are bounded before anything is computed, and every search is linear in it.
 
 `completion` is always the whole assistant turn, beginning with the `<think>` that the prompt prefilled.
+
+Below the rewards stands what else comes out of a run: statistics, logs, files that a crash leaves whole.
 """
 
 import hashlib

@@ -1,5 +1,6 @@
 """prompts.py: templates, the Countdown generator and its held-out problems, and the loaders, on files made here."""
 
+import gzip
 import itertools
 import json
 import os
@@ -528,7 +529,7 @@ def test_unusable_rows_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixt
     path = write(tmp_path / "data.jsonl", rows)
     question_at, held_out = load_questions("countdown", path, 0, 1000)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"--dataset {path}: 2 of 100 rows have no usable answer: 5, 10"]
+    assert lines == [f"--dataset {path}: 2 of 100 rows are damaged or have no usable answer: 5, 10"]
     every = texts([question_at(i) for i in range(98 - len(held_out))]) + texts(held_out)
     assert every == texts([prompts.read_countdown(row) for row in rows if row not in (rows[4], rows[9])])
 
@@ -555,13 +556,16 @@ BROKEN = {
     "blank.jsonl": (b" \n\n", "unreadable"),
     "none.json": (b"[]", "no data"),
     "header.csv": (b"target,nums\n", "no data"),
-    "half.jsonl": (b'{"target": 3, "nums": [1, 2]}\n{"target": 3, "nu', "JSON parse error"),
+    "half.jsonl": (b'{"target": 3, "nums": [1, 2', "no row is a JSON object: Expecting ',' delimiter"),
     "half.json": (b'[{"target": 3, "nums": [1, 2]}, {"target": 3, "nu', "unreadable"),
-    "half.csv": (b'target,nums\n3,"[1,2]"\n4,"[1,', "EOF"),
+    "half.csv": (b'target,nums\n3,"[1,2]"\n4,"[1,', "line 2: unexpected end of data"),
     "half.parquet": (b"PAR1abcdefgh", "Parquet"),
     "binary.jsonl": (bytes(range(128, 256)), "unreadable"),
     "binary.csv": (bytes(range(128, 256)), "unreadable"),
     "scalars.jsonl": (b"3\n4\n", "unreadable"),
+    "nulls.jsonl": (b"null\nnull\n", "no row is a JSON object"),  # pyarrow 26 would end the process
+    "strings.json": (b'["a", "b"]', "no row is a JSON object"),
+    "archive.jsonl": (gzip.compress(b'{"target": 3, "nums": [1, 2]}\n')[:-9], "no row is a JSON object"),
     "columns.jsonl": (
         b'{"goal": 3, "numbers": [1, 2]}\n',
         "has the columns goal, numbers; --task countdown reads target and",
@@ -584,8 +588,8 @@ def test_broken_file(name: str, tmp_path: Path, capfd: pytest.CaptureFixture) ->
 
 
 def test_a_broken_file_is_reported_by_one_line_alone(tmp_path: Path) -> None:
-    path = tmp_path / "half.jsonl"
-    path.write_bytes(BROKEN["half.jsonl"][0])
+    path = tmp_path / "half.parquet"
+    path.write_bytes(BROKEN["half.parquet"][0])
     code = (
         "import prompts, sys\n"
         "try: prompts.load_questions('countdown', sys.argv[1], 0, 8)\n"
@@ -599,7 +603,7 @@ def test_a_broken_file_is_reported_by_one_line_alone(tmp_path: Path) -> None:
         cwd=Path(prompts.__file__).parent,
         env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
     )
-    assert run.stderr.startswith(f"--dataset {path}: unreadable: JSON parse error") and run.stderr.count("\n") == 1
+    assert run.stderr.startswith(f"--dataset {path}: unreadable: Parquet magic bytes") and run.stderr.count("\n") == 1
     assert run.returncode == 1 and not run.stdout
 
 
@@ -857,7 +861,10 @@ def test_mixed_types(tmp_path: Path, capsys) -> None:
         assert str(error).startswith(f"--dataset {path}: unreadable: ") and "\n" not in str(error)
         return
     assert len(held_out) + len(texts([question_at(i) for i in range(75 - len(held_out))])) == 75
-    assert capsys.readouterr().err == f"--dataset {path}: 5 of 80 rows have no usable answer: 1, 2, 3, 4, 5\n"
+    assert (
+        capsys.readouterr().err
+        == f"--dataset {path}: 5 of 80 rows are damaged or have no usable answer: 1, 2, 3, 4, 5\n"
+    )
 
 
 def test_json_with_its_rows_under_data(tmp_path: Path) -> None:
@@ -913,8 +920,8 @@ def bytes_tokenizer(model_max_length: int = 64) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("template", ["base", "chat"])
-@pytest.mark.parametrize("place", [4, 40])
-def test_a_prompt_that_is_too_long_names_its_row(template: str, place: int, tmp_path: Path, capfd) -> None:
+@pytest.mark.parametrize("place", [4, 40])  # held out, and to train on
+def test_a_prompt_that_is_too_long_is_left_out_and_named(template: str, place: int, tmp_path: Path, capfd) -> None:
     rows = math_rows(60)
     rows[place]["problem"] = "é" * 500
     path, text = write(tmp_path / "data.jsonl", rows), bytes_tokenizer()
@@ -922,23 +929,29 @@ def test_a_prompt_that_is_too_long_names_its_row(template: str, place: int, tmp_
     prompt = render_prompt(text, prompts.read_math(rows[place])["question"], template)
     needed = len(prompt.encode()) + (template == "base")
     options = {"tokenizer": text, "template": template, "max_new_tokens": 1024}
+
+    def asked(**also: object) -> Counter:
+        question_at, held_out = load_questions("math", path, 0, 1000, **options, **also)
+        return texts(held_out) + texts([question_at(i) for i in range(200)] if question_at else [])
+
     text.model_max_length = needed + 1024
-    question_at, held_out = load_questions("math", path, 0, 1000, **options)
-    assert len(held_out) + len(texts([question_at(i) for i in range(60 - len(held_out))])) == 60
+    assert set(asked()) == set(asked_of("math", rows)) and capfd.readouterr() == ("", "")
     text.model_max_length = needed + 1023
-    for also, option in (({}, "dataset"), ({"eval_dataset": path}, "eval_dataset")):
-        with pytest.raises(UsageError) as error:
-            given = {"dataset": write(tmp_path / "short.jsonl", math_rows(9)) if also else path} | also
-            load_questions("math", seed=0, eval_questions=0, **given, **options)
-        assert one_line(error) == (
-            f"--{option} {path}: row {place + 1} makes a prompt of {needed:,} tokens, and the model has room for "
-            f"{needed - 1:,} beside --max_new_tokens 1024; try a dataset with shorter questions or a smaller "
-            "--max_new_tokens"
-        )
-    assert capfd.readouterr() == ("", "")
+    said = (
+        f"dataset {path}: 1 of 60 rows are left out as too long: {place + 1}; row {place + 1} makes a prompt of "
+        f"{needed:,} tokens, and the model has room for {needed - 1:,} beside --max_new_tokens 1024\n"
+    )
+    rest = set(asked_of("math", rows[:place] + rows[place + 1 :]))
+    assert set(asked()) == rest and capfd.readouterr() == ("", f"--{said}")
+    assert set(asked(eval_dataset=write(tmp_path / "other.jsonl", gsm8k_as_math(9)))) > rest
+    assert capfd.readouterr() == ("", f"--{said}")
 
 
-def test_a_prompt_that_is_too_long_names_its_split_and_a_generated_one_its_task(hub: list[str]) -> None:
+def gsm8k_as_math(count: int) -> list[dict]:
+    return [{"problem": row["question"], "answer": row["answer"].split()[-1]} for row in gsm8k_rows(count)]
+
+
+def test_where_all_prompts_are_too_long_one_is_named(hub: list[str]) -> None:
     options = {"tokenizer": bytes_tokenizer(400), "max_new_tokens": 10}
     with pytest.raises(UsageError, match="^--dataset openai/gsm8k: row 1 of its test split makes a prompt of"):
         load_questions("gsm8k", "", 0, 8, **options)
