@@ -729,16 +729,15 @@ def run(arguments: list[str]) -> int:
     """The way in from the command line; returns the exit code, 2 for an option that can't work."""
     try:
         main(parse_config(arguments))
-    except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print("R1ZeroTrain.py:", printable(" ".join(str(error).split())), file=sys.stderr)  # one line, always
-        return 2
-    except KeyboardInterrupt:
-        pass  # when this is left, so are main's frames, and the bar draws itself for the last time
-    else:
         return 0
-    print("\nstopped; --resume and the run's directory go on from its checkpoint, if it has one", file=sys.stderr)
-    return 130
+    except UsageError as error:
+        code, message = 2, "R1ZeroTrain.py: " + printable(" ".join(str(error).split()))  # one line, always
+    except KeyboardInterrupt:
+        code, message = 130, "\nstopped; --resume and the run's directory go on from its checkpoint, if it has one"
+    # Here, when main's frames are gone and the bar has drawn itself for the last time; of many processes one speaks.
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -687,23 +687,23 @@ class Log:
 
     def append(self, lines: list[dict]) -> None:
         self.waiting += [json.dumps(line) + "\n" for line in lines]
-        with self.path.open("a") as file:
-            size = file.tell()
-            try:
-                file.writelines(self.waiting)
-                file.flush()
+        content, size = "".join(self.waiting).encode(), self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                if file.write(content) < len(content):
+                    raise OSError("the disk is full")
                 os.fsync(file.fileno())
-                self.waiting = []
-            except OSError as error:
-                print(f"{self.path}: {error.strerror}; its lines wait in memory", file=sys.stderr)
-        if self.waiting:
-            os.truncate(self.path, size)  # the last line may be half written
+            self.waiting = []
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)  # the last line may be half written
+            print(f"\n{self.path}: cannot be written ({error}); its lines wait in memory", file=sys.stderr)
 
 
 def read(path: Path) -> list[dict]:
     """The lines of a log; of a run that was killed the last may be half written, and is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
         raise UsageError(f"{path}: is damaged ({error}); try a copy of it") from error

@@ -7,6 +7,9 @@ import ast
 import dataclasses
 import json
 import math
+import os
+import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -171,6 +174,30 @@ def test_a_damaged_model_is_refused(
         (folder / path.name).write_bytes(path.read_bytes() if path.name != name else b"{ not this")
     outcome = cli("--model", folder, "--run_dir", tmp_path / "run", "--eval_questions", 4)
     assert_one_line(dataclasses.replace(outcome, out=""), f"--model {folder}")
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("executed",)
+
+
+def test_a_model_that_needs_its_own_code_or_a_pickle_is_refused_and_nothing_of_it_run(
+    cli: Callable[..., Outcome], tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    with_code, pickled = (Path(shutil.copytree(tiny_llama, tmp_path / name)) for name in ("code", "pickle"))
+    config = json.loads((with_code / "config.json").read_text())
+    classes = {"AutoConfig": "its_own.Its", "AutoModelForCausalLM": "its_own.Its", "AutoTokenizer": ["its_own.Its"] * 2}
+    (with_code / "config.json").write_text(json.dumps(config | {"model_type": "its_own", "auto_map": classes}))
+    (with_code / "its_own.py").write_text("import os\n\nos.mkdir('executed')\n\n\nclass Its:\n    pass\n")
+    (pickled / "model.safetensors").unlink()
+    with (pickled / "pytorch_model.bin").open("wb") as file:
+        pickle.dump(Evil(), file)
+    for folder, mention in ((with_code, "custom code"), (pickled, "no weights (model*.safetensors*)")):
+        outcome = cli("--model", folder, "--run_dir", tmp_path / "run", "--eval_questions", 4)
+        assert_one_line(dataclasses.replace(outcome, out=""), f"--model {folder}", mention)
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("below", ["file/run", "/proc/x", "/dev/null/run"])
