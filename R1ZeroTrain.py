@@ -166,10 +166,11 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedM
     return policy
 
 
-def refresh(sampler, policy, dtype: str) -> None:
-    """Gives the sampler the policy's weights in the precision of the computing: once here, not once for each token."""
-    for weight, master in zip(sampler.parameters(), policy.parameters(), strict=True):
-        weight.data = master.data.to(getattr(torch, dtype))  # float32 is not copied, the memory is shared
+def refresh(sampler, model, dtype: str) -> None:
+    """Gives the sampler the model's weights in the precision of the computing: once here, not once for each token."""
+    for weight, master in zip(sampler.parameters(), model.parameters(), strict=True):
+        if weight is not master:  # float32 weights are shared
+            weight.data = master.data.to(getattr(torch, dtype))
 
 
 @torch.no_grad()
@@ -501,7 +502,7 @@ def update(
     weights = token_weights(lengths, cfg.loss, cfg.max_new_tokens)  # [N of all processes]
     weights = weights[accelerator.process_index * len(rollout.lengths) :]  # this process's come first now
     # Without the KL term a group whose rewards are all equal has no gradient, so that its passes can be saved.
-    batches = microbatches(rollout, (advantages != 0) | (cfg.kl_beta > 0), cfg.tokens_per_microbatch)
+    batches = microbatches(rollout, advantages.abs() + cfg.kl_beta > 0, cfg.tokens_per_microbatch)
     logp_ref: list[Tensor | None] = [None] * len(batches)
     if reference is not None:  # before the policy's passes, whose graphs would take up memory meanwhile
         with torch.no_grad():
@@ -605,7 +606,10 @@ def set_up(cfg: Config, accelerator, saved: dict, trains: bool) -> tuple:
         policy.load_state_dict(saved["policy"])
         optimizer.load_state_dict(saved["optimizer"])
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    sampler = copy.deepcopy(accelerator.unwrap_model(policy)).requires_grad_(False).eval()
+    model = accelerator.unwrap_model(policy)
+    shared = {id(weight): weight for weight in model.parameters()} if cfg.dtype == "float32" else {}
+    sampler = copy.deepcopy(model, shared).eval()  # a model of its own, but for what deepcopy takes to be copied
+    refresh(sampler, model, cfg.dtype)
     return policy, reference and reference.to(accelerator.device), sampler, optimizer
 
 
@@ -668,7 +672,6 @@ def main(cfg: Config) -> None:
         )
     policy, reference, sampler, optimizer = set_up(cfg, accelerator, saved, question_at is not None)
     model = accelerator.unwrap_model(policy)
-    refresh(sampler, model, cfg.dtype)
     if cfg.ask is not None:
         return ask(sampler, tokenizer, held_out[0], cfg)
     offline = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}  # no upload unless the user says so

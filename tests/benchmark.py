@@ -189,7 +189,8 @@ def set_up(work: Work):
 def ours(work: Work, wait: Callable, tell: Callable, with_update: bool = True) -> None:
     cfg, accelerator, policy, reference, optimizer, tokenizer = set_up(work)
     model, questions = accelerator.unwrap_model(policy), make_questions(tokenizer, work)
-    sampler, facts = copy.deepcopy(model), describe(model, tokenizer, work, questions)
+    shared = {id(weight): weight for weight in model.parameters()} if cfg.dtype == "float32" else {}
+    sampler, facts = copy.deepcopy(model, shared), describe(model, tokenizer, work, questions)
     R1ZeroTrain.refresh(sampler, model, cfg.dtype)
     for step in range(work.steps + 1):
         wait(facts)

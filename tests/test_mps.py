@@ -142,17 +142,19 @@ def dispatch(operator, args: tuple, kwargs: dict) -> object:
 
 
 @pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine with MPS, and nothing else."""
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
+    """A machine with MPS, and nothing else; yields a list with an entry for each release of the allocator's cache."""
+    released = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: released.append(1))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(sdpa_attention, "_is_torch_mps_available", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     # Not plain "mps": C++ would ask the machine for the number of the current one.
     monkeypatch.setattr(PartialState, "default_device", property(lambda self: MPS))
 
-    def load(model: str) -> PreTrainedModel:  # on the CPU, by way of a true meta device
+    def load(*args: object) -> PreTrainedModel:  # on the CPU, by way of a true meta device
         with _disable_current_modes():
-            return load_policy(model)
+            return load_policy(*args)
 
     monkeypatch.setattr(R1ZeroTrain, "load_policy", load)
     swap, lift = torch.__future__.get_swap_module_params_on_conversion(), torch._C._only_lift_cpu_tensors()
@@ -161,7 +163,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     SEEN.clear()
     with PretendMPS():
-        yield
+        yield released
     torch.__future__.set_swap_module_params_on_conversion(swap)
     torch._C._set_only_lift_cpu_tensors(lift)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -183,7 +185,7 @@ def parity_reward(completion: str, numbers: list[int], target: int) -> float:
 
 
 @pytest.mark.skipif(REAL, reason="there is a real one, see the last test")
-def test_a_run_needs_nothing_that_mps_lacks(pretend: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_needs_nothing_that_mps_lacks(pretend: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "countdown", dataclasses.replace(TASKS["countdown"], reward=parity_reward))
     lines = run(tmp_path / "mps", "--kl_beta", "0.1", "--save_every", "1")
     assert lines[0]["grad_norm"] > 0 and lines[1]["kl"] > 0, "a run that has learned nothing proves nothing"
@@ -194,6 +196,8 @@ def test_a_run_needs_nothing_that_mps_lacks(pretend: None, tmp_path: Path, monke
     assert sampling | backward | optimizer | clipping <= set(SEEN)
     assert "uniform_" not in SEEN, "what is random is drawn on the CPU, so that a seed gives one run on any device"
     assert not any("flash" in name or "efficient" in name for name in SEEN), "attention that MPS doesn't have"
+    assert not any("scaled_dot_product" in name for name in SEEN), "which is wrong there with padding"
+    assert len(pretend) == len(lines), "the allocator would keep a buffer for each shape it has met"
 
     # It has computed what the CPU does, so what was seen is what a run does.
     AcceleratorState._reset_state(reset_partial_state=True)
