@@ -135,6 +135,8 @@ def make_accelerator(cfg: Config) -> Accelerator:
     accelerator = Accelerator(cpu="cpu" in (cfg.device, best), **options)
     if cfg.questions_per_step % (n := accelerator.num_processes):
         raise UsageError(f"--questions_per_step {cfg.questions_per_step}: not a multiple of {n} processes; try {4 * n}")
+    if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise UsageError(f"{kind} is not supported: each process holds the whole model; try accelerate's MULTI_GPU")
     return accelerator
 
 
@@ -571,12 +573,12 @@ def ask(policy, tokenizer, task: dict, cfg: Config) -> None:
     print("<think>" + prompt.rpartition("<think>")[2], end="", flush=True)  # the prompt has opened the thinking
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: print(printable(text), end="", flush=True)
-    task = task | {"index": 0}
-    rollout = generate(policy, tokenizer, [task], 1, cfg, "ask", lambda _, ids: streamer.put(ids[0, -1:]))
+    asked = [task | {"index": 0}]
+    rollout = generate(policy, tokenizer, asked, 1, cfg, "ask", lambda _, ids: streamer.put(ids[0, -1:]))
     streamer.end()
     print("\n\nanswer:", printable(extract_answer(rollout.text[0]) or "none"))
     if task["answer"] is not None:
-        print("right" if score(rollout, [task], cfg)[0]["accuracy"] else "wrong")
+        print("right" if score(rollout, asked, cfg)[0]["accuracy"] else "wrong")
 
 
 # ---- Files: checkpoint, log, report ---------------------------------------------------------------------------------
@@ -665,11 +667,9 @@ def main(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.model)
     question_at, held_out = load_questions(tokenizer=tokenizer, **vars(cfg))
     if cfg.ask is None:
-        where = f" from step {start} on" if cfg.resume else ""
         run_dir = open_run_dir(cfg) if is_main else Path(cfg.run_dir)  # only the main process writes
-        accelerator.print(
-            f"{cfg.task} with {cfg.model} on {accelerator.device}; files go to {run_dir}/{where}", flush=True
-        )
+        about = f"{cfg.task} with {cfg.model} on {accelerator.device}; files go to {run_dir}/"
+        accelerator.print(about + (f" from step {start} on" if cfg.resume else ""), flush=True)
     policy, reference, sampler, optimizer = set_up(cfg, accelerator, saved, question_at is not None)
     model = accelerator.unwrap_model(policy)
     if cfg.ask is not None:
@@ -723,7 +723,9 @@ def main(cfg: Config) -> None:
     bar.close()
     accelerator.end_training()
     if is_main:
-        save_model(run_dir / "model", model, tokenizer)
+        for log in (metrics, completions):
+            log.close()
+        save_model(run_dir / "model", model, tokenizer, needed=True)
         write_card(command_line(cfg), **vars(cfg) | {"run_dir": run_dir})
         print("\n" + summary(run_dir, cfg.task, cfg.steps))
 

@@ -650,12 +650,24 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def save_model(folder: Path, model, tokenizer) -> None:
-    """A plain save_pretrained folder, put in the place of an older one when it is whole."""
+def save_model(folder: Path, model, tokenizer, needed: bool = False) -> None:
+    """A plain save_pretrained folder, put in the place of an older one when it is whole.
+
+    A full disk costs a warning; UsageError if it is `needed`.
+    """
+    from safetensors import SafetensorError
+
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        message = f"{folder} cannot be written ({error})"
+        if needed:
+            raise UsageError(f"{message}; free some space, then try --resume {folder.parent}") from error
+        return print(f"\n{message}; the run goes on", file=sys.stderr)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -699,6 +711,12 @@ class Log:
                 os.truncate(self.path, size)  # the last line may be half written
             print(f"\n{self.path}: cannot be written ({error}); its lines wait in memory", file=sys.stderr)
 
+    def close(self) -> None:
+        """Writes what has been waiting. Raises UsageError if that is still impossible."""
+        self.append([])
+        if self.waiting:
+            raise UsageError(f"{self.path} cannot be written; free some space, then try --resume {self.path.parent}")
+
 
 def read(path: Path) -> list[dict]:
     """The lines of a log; of a run that was killed the last may be half written, and is left out."""
@@ -712,7 +730,10 @@ def read(path: Path) -> list[dict]:
 def cut_log(path: Path, step: int) -> None:
     """Leaves only what came before `step` in a log, so that a resumed run writes each step once."""
     kept = [json.dumps(line) + "\n" for line in read(path) if line["step"] < step]
-    write_whole(path, lambda file: file.write("".join(kept).encode()))
+    try:
+        write_whole(path, lambda file: file.write("".join(kept).encode()))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error}); free some space, then try again") from error
 
 
 def progress_bar(steps: int, start: int, visible: bool) -> tuple:

@@ -211,6 +211,22 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(runs: Runs, undisturbed:
     assert what_it_achieved(run_dir) == achieved
 
 
+def test_without_room_for_the_model_the_run_ends_with_a_line_and_can_be_finished(
+    runs: Runs, undisturbed: tuple, tmp_path: Path
+) -> None:
+    before = runs.output.stat().st_size
+    process = runs.start(tmp_path / "run", file_limit=(runs.model / "model.safetensors").stat().st_size // 2)
+    process.join(60)
+    last = runs.output.read_bytes()[before:].decode().splitlines()[-1]
+    assert process.exitcode == 2 and last.startswith(f"R1ZeroTrain.py: {tmp_path / 'run/model'} cannot be written (")
+    assert last.endswith(f"; free some space, then try --resume {tmp_path / 'run'}")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("config.json", "metrics.jsonl", "completions.jsonl", "checkpoint")
+    }, "nothing half written is left"
+    runs.finish(tmp_path / "run")
+    assert what_it_achieved(tmp_path / "run") == undisturbed[0]
+
+
 @contextlib.contextmanager
 def longest_file(size: int) -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -229,6 +245,8 @@ def test_a_log_loses_no_line_to_a_full_disk(tmp_path: Path, capsys: pytest.Captu
             log.append([{"step": step, "text": "x" * 1000}])
         assert [line["step"] for line in rewards.read(log.path)] == [0, 1] and len(log.waiting) == 2
         assert log.path.read_text().endswith("}\n"), "nothing is left of the line that did not fit"
+        with pytest.raises(UsageError, match="free some space"):
+            log.close()
     assert "wait in memory" in capsys.readouterr().err
     log.append([{"step": 4}])
     assert [line["step"] for line in rewards.read(log.path)] == [0, 1, 2, 3, 4] and not log.waiting
