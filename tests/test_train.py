@@ -699,6 +699,25 @@ def test_training_finds_what_is_rewarded(tiny_llama: Path, tmp_path: Path) -> No
     assert lines[-1]["grad_norm"] == 0, "the last line only measures"
 
 
+def test_a_run_with_gradient_checkpointing_samples_with_a_cache_all_the_same(
+    finished: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths, forward = [], R1ZeroTrain.forward
+
+    def spy(model, ids: Tensor, *rest, **more):
+        if not model.training and not torch.is_grad_enabled():
+            widths.append(ids.shape[1])
+        return forward(model, ids, *rest, **more)
+
+    monkeypatch.setattr(R1ZeroTrain, "forward", spy)
+    lines = read_lines(run(tiny_llama, tmp_path, "--gradient_checkpointing"))
+    assert widths.count(1) > 0.8 * len(widths), "a token at a time, not all that was written so far"
+    first = read_lines(finished)[0]
+    for name in first.keys() - set(TIMINGS):
+        assert lines[0][name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+    assert all(line["logp_gap"] < 1e-4 for line in lines) and lines[-1]["kl"] > 0
+
+
 def test_evaluation_happens_when_asked(tiny_llama: Path, tmp_path: Path) -> None:
     lines = read_lines(run(tiny_llama, tmp_path / "run", "--eval_every", 2))
     assert [line["step"] for line in lines if "eval_pass@1" in line] == [0, 2, 4, 5]
