@@ -161,9 +161,8 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedM
             raise ValueError(f"it lacks the weights {sorted(loaded['missing_keys'])[:3]}")
     policy.eval()  # dropout would make the ratio differ from 1 on the first update
     for module in policy.modules():
-        if gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):  # asks for these three
-            module.training = module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        if gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
     policy.plain_head = has_plain_head(policy)
     return policy
 
@@ -179,7 +178,8 @@ def refresh(sampler, model, dtype: str) -> None:
 def has_plain_head(model) -> bool:
     """Whether logits are states · head.weight^T and no more: no bias, no scaling, no soft-capping (Gemma 2, Cohere)."""
     head = model.get_output_embeddings()
-    # Values of all sizes in place of the head's, as a cap of 30 would hardly show in the logits of a random model.
+    # Values of all sizes in place of the head's, as a cap of 30 would hardly show in the logits of a random model: the
+    # hook's value replaces them (extend returns None).
     probe, seen = torch.linspace(-1000, 1000, head.weight.shape[0], device=head.weight.device), []
     hook = head.register_forward_hook(lambda _, args, out: seen.extend([args[0], out]) or probe.expand_as(out))
     out = model(torch.zeros(1, 1, dtype=torch.long, device=probe.device), use_cache=False, output_hidden_states=True)
@@ -309,7 +309,8 @@ def generate(
     for chunk in torch.arange(len(tasks)).split(max(1, cfg.rollout_rows // group_size)):
         draws = [seeded(cfg.seed, stream, tasks[q]["index"]) for q in chunk.tolist()]
         uniforms = torch.cat([torch.rand(group_size, cfg.max_new_tokens, generator=draw) for draw in draws])
-        parts.append(sample(policy, prompt_ids[chunk], prompt_mask[chunk], uniforms.to(device), eos, cfg, progress))
+        for piece in uniforms.to(device).split(cfg.rollout_rows):  # several, where a group is larger
+            parts.append(sample(policy, prompt_ids[chunk], prompt_mask[chunk], piece, eos, cfg, progress))
     ids, logp_sampled, lengths, truncated = (torch.cat(part) for part in zip(*parts, strict=True))
     # Only the EOS that ended a completion is left out of its text: special tokens elsewhere are what it wrote.
     kept = (lengths - (~truncated).long()).tolist()
@@ -496,7 +497,7 @@ def microbatches(rollout: Rollout, wanted: Tensor, tokens: int) -> list[Tensor]:
 def update(
     policy, reference, optimizer, step: int, rollout: Rollout, advantages: Tensor, cfg: Config, accelerator, progress
 ) -> dict[str, float]:
-    """mu optimizer steps on one rollout, none at step cfg.steps. Returns means over the tokens of all processes.
+    """mu optimizer steps on one rollout, none at step cfg.steps. Returns means over the tokens that went through it.
 
     In the first, logp_old is logp, so that ratio is 1 and the loss 0 but for the KL: its gradient is what matters.
     """
@@ -523,10 +524,8 @@ def update(
             logp, entropy, mask = token_logprobs(policy, rollout, rows, cfg)
             if epoch == 0:
                 logp_old.append(logp.detach())
-            loss, metrics = grpo_loss(
-                *(logp, logp_old[i], logp_ref[i], advantages[rows], mask, weights[rows]),
-                *(cfg.clip_low, cfg.clip_high, cfg.kl_beta),
-            )
+            clip = (cfg.clip_low, cfg.clip_high, cfg.kl_beta)
+            loss, metrics = grpo_loss(logp, logp_old[i], logp_ref[i], advantages[rows], mask, weights[rows], *clip)
             if updates:
                 accelerator.backward(loss * accelerator.num_processes)  # DDP divides by the number of processes
         sums["clip_fraction"] += metrics["clip_fraction"] / max(1, updates)
@@ -583,7 +582,7 @@ def ask(policy, tokenizer, task: dict, cfg: Config) -> None:
 
 # ---- Files: checkpoint, log, report ---------------------------------------------------------------------------------
 def save_checkpoint(run_dir: Path, step: int, model, optimizer) -> None:
-    """The state after `step` updates. What a step draws follows from seed and step, so no random state is needed."""
+    """The state after `step` steps. What a step draws follows from seed and step, so no random state is needed."""
     state = {"policy": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     size = 3 * sum(p.nbytes for p in model.parameters())  # the weights, and Adam's two
     write_checkpoint(run_dir, step, size, lambda file: torch.save(state, file))
@@ -610,7 +609,7 @@ def set_up(cfg: Config, accelerator, saved: dict, trains: bool) -> tuple:
     policy, optimizer = accelerator.prepare(policy, optimizer)
     model = accelerator.unwrap_model(policy)
     shared = {id(weight): weight for weight in model.parameters()} if cfg.dtype == "float32" else {}
-    sampler = copy.deepcopy(model, shared).eval()  # a model of its own, but for what deepcopy takes to be copied
+    sampler = copy.deepcopy(model, shared)  # deepcopy's memo: a weight that is named in it is shared, not copied
     refresh(sampler, model, cfg.dtype)
     return policy, reference and reference.to(accelerator.device), sampler, optimizer
 
@@ -649,7 +648,7 @@ def with_less_memory(optimizer, work: Callable, *args, cfg: Config, **more) -> t
                 raise
         finally:
             hook.remove()
-        if stepped:  # weights have moved
+        if stepped or more["accelerator"].num_processes > 1:  # weights have moved, or others wait in an exchange
             break
         optimizer.zero_grad()
         torch.cuda.empty_cache()
@@ -690,7 +689,7 @@ def main(cfg: Config) -> None:
         cut_log(log.path, start)
     lines = []
     with ends_when_asked() as asked:
-        for step in range(start, cfg.steps + 1):  # a line of the log describes the policy after `step` updates
+        for step in range(start, cfg.steps + 1):  # a line of the log describes the policy after `step` steps
             ends = any(gather_object([bool(asked)]))
             due = ends or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0)
             if is_main and due and step > start and not metrics.waiting + completions.waiting:
@@ -703,7 +702,7 @@ def main(cfg: Config) -> None:
             if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
                 evaluated, shown = with_less_memory(optimizer, evaluate, sampler, tokenizer, held_out, **shared)
             if is_main and evaluated and step > 0 and evaluated["eval_pass@1"] > best_so_far(run_dir):
-                save_model(run_dir / "best", model, tokenizer)
+                save_model(run_dir / "best", model, tokenizer, score=evaluated["eval_pass@1"])
             first = step * cfg.questions_per_step + share * accelerator.process_index
             tasks = [question_at(i) | {"index": i} for i in range(first, first + share)]
             trained = (step, policy, reference, sampler, optimizer, tokenizer, tasks)
@@ -715,10 +714,10 @@ def main(cfg: Config) -> None:
             if is_main:
                 metrics.append(lines[-1:])
                 completions.append([{"step": step} | sample for sample in shown + samples[:4]])
-            if (note := trouble(lines, run_dir, cfg.lr)) and is_main:
+            if (note := trouble(lines, run_dir, cfg.lr, cfg.updates_per_rollout)) and is_main:
                 bar.write(note)
             accelerator.log(lines[-1], step)
-            bar.set_postfix({name: f"{line[name] or 0:.3g}" for name in ("reward", "length", "kl")})
+            bar.set_postfix({k: f"{line[k]:.3g}" for k in ("reward", "length", "kl") if line[k] is not None})
             bar.update(step < cfg.steps)
     bar.close()
     accelerator.end_training()
@@ -739,8 +738,9 @@ def run(arguments: list[str]) -> int:
         code, message = 2, "R1ZeroTrain.py: " + printable(" ".join(str(error).split()))  # one line, always
     except KeyboardInterrupt:
         code, message = 130, "\nstopped; --resume and the run's directory go on from its checkpoint, if it has one"
-    # Here, when main's frames are gone and the bar has drawn itself for the last time; of many processes one speaks.
-    if os.environ.get("RANK", "0") == "0":
+    # Here, when main's frames are gone and the bar has drawn itself for the last time. Of many processes one speaks,
+    # but for what the others cannot know.
+    if os.environ.get("RANK", "0") == "0" or "out of memory" in message or "leave room" in message:
         print(message, file=sys.stderr)
     return code
 

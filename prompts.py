@@ -505,13 +505,15 @@ def parse(kind: type, arguments: list[str]) -> object:
     if first.resume:
         saved = _read_config(kind, first.resume)
         base = typed({k: v for k, v in saved.items() if k not in ("run_dir", "eval_only", "ask", "wandb")})
+        if not first.eval_only and first.ask is None and first.run_dir not in ("", first.resume):
+            raise UsageError(f"--run_dir {first.run_dir}: a run goes on where it is; try a copy of {first.resume}")
         arguments = arguments if first.eval_only else [*arguments, "--run_dir", first.resume]  # the same run, go on
     cfg = kind(**vars(parser.parse_args(base + arguments)))  # as if typed in front, so checked like the rest
     for name, hint in get_type_hints(kind, include_extras=True).items():
         for low, high in getattr(hint, "__metadata__", []):
             if not low <= getattr(cfg, name) <= high:
                 raise UsageError(f"--{name} {getattr(cfg, name)}: must be {low} to {high}; try {getattr(kind, name)}")
-    for name in ("recipe", "model", "task", "seed") if first.resume and not first.eval_only else ():
+    for name in ("model", "recipe", "task", "seed")[: 1 if first.eval_only else 4] if first.resume else ():
         if getattr(cfg, name) != saved[name]:
             raise UsageError(
                 f"--{name} {getattr(cfg, name)}: would be another run than {first.resume}; try {saved[name]}"
@@ -540,7 +542,8 @@ def ends_when_asked() -> Iterator[list]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        print("\nfinishing this step, then saving and ending; once more ends at once", file=sys.stderr)
+        # Not print, which fails if the signal has interrupted another print.
+        os.write(2, b"\nfinishing this step, then saving and ending; once more ends at once\n")
 
     before = {number: signal.signal(number, ask_to_end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -554,7 +557,7 @@ def _read_config(kind: type, run_dir: str) -> dict:
     try:
         saved = json.loads((Path(run_dir) / "config.json").read_text())
         return vars(kind(**saved))  # an option that it lacks has its default
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # the last of brackets within brackets
         raise UsageError(f"--resume {run_dir}: no run to go on with ({error}); try a folder in runs/") from error
 
 
@@ -784,7 +787,7 @@ def _usable_rows(task: str, named: str, splits: dict, split: str, too_long: Call
     """`named` is the option and its value, as errors begin with it. Rows that cannot be used are left out, and said."""
     spec, table = TASKS[task], _select(task, named, splits[split])
     keys, no_answer, long = {}, [], {}
-    for row, cells in enumerate(_iterate(table)):
+    for row, cells in enumerate(_iterate(table, named)):
         question = spec.read(cells)
         if question is None:
             no_answer.append(row + 1)
@@ -840,13 +843,16 @@ def _select(task: str, named: str, table: object) -> object:
     return table.select_columns(list(columns))
 
 
-def _iterate(table: object) -> Iterator[dict]:
+def _iterate(table: object, named: str) -> Iterator[dict]:
     if isinstance(table, list):
         yield from table
         return
-    for batch in table.iter(1000):  # row by row would take several times as long
-        for cells in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, cells, strict=True))
+    try:
+        for batch in table.iter(1000):  # row by row would take several times as long
+            for cells in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, cells, strict=True))
+    except UnicodeDecodeError as error:  # a damaged file that was opened all the same
+        raise UsageError(f"{named}: unreadable: {error}; try openai/gsm8k or a .jsonl file") from error
 
 
 def _load_dataset(option: str, dataset: str) -> dict:

@@ -650,8 +650,8 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def save_model(folder: Path, model, tokenizer, needed: bool = False) -> None:
-    """A plain save_pretrained folder, put in the place of an older one when it is whole.
+def save_model(folder: Path, model, tokenizer, needed: bool = False, score: float | None = None) -> None:
+    """A plain save_pretrained folder, put in the place of an older one when it is whole; with its score, if it has one.
 
     A full disk costs a warning; UsageError if it is `needed`.
     """
@@ -659,10 +659,13 @@ def save_model(folder: Path, model, tokenizer, needed: bool = False) -> None:
 
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
+    model.generation_config.do_sample = True  # as it was trained; else transformers refuses to save a temperature
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-    except (OSError, SafetensorError) as error:
+        if score is not None:
+            (new / "pass@1").write_text(f"{score}\n")
+    except (OSError, ValueError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         message = f"{folder} cannot be written ({error})"
         if needed:
@@ -723,7 +726,7 @@ def read(path: Path) -> list[dict]:
     try:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is damaged ({error}); try a copy of it") from error
 
 
@@ -774,20 +777,21 @@ def printable(text: str) -> str:
 
 
 def best_so_far(run_dir: Path) -> float:
-    """The highest held-out pass@1 after a step of training in the log; -1 where there is none."""
-    lines = read(run_dir / "metrics.jsonl")
-    return max((line["eval_pass@1"] for line in lines if line["step"] > 0 and "eval_pass@1" in line), default=-1.0)
+    """The held-out pass@1 of the policy in best/; -1 where there is none."""
+    path = run_dir / "best/pass@1"
+    return float(path.read_text()) if path.exists() else -1.0
 
 
-def trouble(lines: list[dict], run_dir: Path, lr: float) -> str:
+def trouble(lines: list[dict], run_dir: Path, lr: float, updates: int) -> str:
     """What should be said after the last of these lines of metrics.jsonl: mostly nothing.
 
-    Raises UsageError where 5 updates in a row were skipped: a run that no longer learns should not go on.
+    Raises UsageError where all `updates` of each of the last 5 steps were skipped: a run that no longer learns should
+    not go on.
     """
-    if len(lines) >= 5 and all(line["skipped_updates"] for line in lines[-5:]):
+    if len(lines) >= 5 and all(line["skipped_updates"] == updates for line in lines[-5:]):
         raise UsageError(
-            f"--lr {lr}: the last 5 updates had a loss or gradient that is not finite, and were skipped: it is too "
-            f"high for this model, or --dtype too coarse; try --resume {run_dir} --lr {lr / 10:g} or --dtype float32"
+            f"--lr {lr}: in the last 5 steps every update had a gradient that is not finite, and was skipped: it is "
+            f"too high for this model, or --dtype too coarse; try --resume {run_dir} --lr {lr / 10:g} or --dtype float32"
         )
     equal = [line["equal_groups"] == 1 for line in lines]
     if len(equal) < 20 or not all(equal[-20:]) or equal[-21:-20] == [True]:  # said once
@@ -824,7 +828,10 @@ def write_card(command: str, run_dir: Path, model: str, task: str, dataset: str,
     card = f"---\nbase_model: {model}\n---\n\n`{model}` after {steps} steps of GRPO on {task}, "
     card += f"{dataset or 'default data'}:\n\n    {command}\n\n```\n"
     card += table({"before": lines[0], "after": lines[-1]}) + "\n```\n"
-    (run_dir / "model/README.md").write_text(card)
+    try:
+        (run_dir / "model/README.md").write_text(card)
+    except OSError as error:
+        raise UsageError(f"{run_dir}/model/README.md: {error}; free some space, then try --resume {run_dir}") from error
 
 
 if __name__ == "__main__":  # as worker() starts it

@@ -339,6 +339,12 @@ def test_resume_takes_the_options_of_the_run_and_the_command_line_overrides_them
     assert parse_config(["--resume", str(tmp_path), "--steps", "20"]) == dataclasses.replace(saved, **here, steps=20)
 
 
+def test_a_run_goes_on_where_it_is_and_with_its_model(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(Config())))
+    assert_one_line(cli("--resume", tmp_path, "--run_dir", "elsewhere"), "--run_dir elsewhere", f"copy of {tmp_path}")
+    assert_one_line(cli("--resume", tmp_path, "--eval_only", "--model", "another"), "--model another", Config().model)
+
+
 def test_help_shows_every_option_with_its_meaning_and_default(
     cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -475,7 +475,7 @@ def test_any_samples_are_summed_up_and_shown(fuzz: Callable[..., None]) -> None:
         for name, value in means.items():
             low, high = metrics[f"{name}_interval"]
             assert low <= value <= high or math.isclose(low, value) or math.isclose(high, value)
-            assert 0 <= value <= (1 if name != "length" else 1000)
+            assert 0 <= value <= (1 if name != "length" else max(len(text) for group in questions for text in group))
         assert table({"now": {f"eval_{name}": value for name, value in metrics.items()}}).count("\n") == len(means)
         assert sparkline([float(len(t)) for group in questions for t in group])
 

@@ -392,7 +392,7 @@ def lines_of(equal: list[float], accuracy: float) -> list[dict]:
 
 def test_twenty_steps_of_equal_rewards_are_explained_once(tmp_path: Path) -> None:
     def said(equal: list[float], accuracy: float = 0.0) -> str:
-        return rewards.trouble(lines_of(equal, accuracy), tmp_path, 0.01)
+        return rewards.trouble(lines_of(equal, accuracy), tmp_path, 0.01, 1)
 
     assert not said([1.0] * 19) and not said([1.0] * 10 + [0.5] + [1.0] * 19)
     assert "easier questions" in said([1.0] * 20) and "easier questions" in said([0.5] + [1.0] * 20)
@@ -484,6 +484,7 @@ def test_best_is_the_policy_of_the_highest_held_out_accuracy(
     weights = []
 
     def scripted(sampler, *args: object, **more: object):
+        nonlocal accuracies
         weights.append([p.clone() for p in sampler.parameters()])
         metrics, samples = evaluate(sampler, *args, **more)
         return metrics | {"eval_pass@1": next(accuracies)}, samples
@@ -498,6 +499,11 @@ def test_best_is_the_policy_of_the_highest_held_out_accuracy(
         *("config.json", "metrics.jsonl", "completions.jsonl", "checkpoint", "best", "model")
     }, "nothing half written is left"
     assert len(list((tmp_path / "checkpoint").iterdir())) == 1, "the last one is kept"
+
+    accuracies = iter([0.4, 0.7])  # going on, its last line is written again, and a worse policy is no new best
+    main(parse_config(["--resume", str(tmp_path), "--steps", "5"]))
+    best = R1ZeroTrain.load_policy(str(tmp_path / "best"))
+    assert all(map(torch.equal, best.parameters(), weights[6])) and (tmp_path / "best/pass@1").read_text() == "0.7\n"
 
 
 def test_a_run_dir_that_is_a_file_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -177,6 +177,15 @@ def test_a_completion_does_not_depend_on_what_else_is_in_the_batch(tiny_llama: P
         assert torch.equal(alone.ids, together.ids[rows]) and torch.equal(alone.lengths, together.lengths[rows])
 
 
+def test_rollout_rows_bound_the_rows_even_of_one_question(tiny_llama: Path) -> None:
+    policy, tokenizer = load(tiny_llama, eos=16)
+    whole = roll_out(policy, tokenizer, config(rollout_rows=100))
+    rows = []
+    policy.register_forward_pre_hook(lambda _, __, call: rows.append(len(call["input_ids"])), with_kwargs=True)
+    parts = roll_out(policy, tokenizer, config(rollout_rows=2))
+    assert max(rows) == 2 and torch.equal(parts.ids, whole.ids) and parts.text == whole.text
+
+
 def test_what_is_sampled_follows_from_seed_stream_and_index(tiny_llama: Path) -> None:
     policy, tokenizer = load(tiny_llama)
     first = roll_out(policy, tokenizer, config())
