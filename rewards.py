@@ -790,8 +790,8 @@ def trouble(lines: list[dict], run_dir: Path, lr: float, updates: int) -> str:
     """
     if len(lines) >= 5 and all(line["skipped_updates"] == updates for line in lines[-5:]):
         raise UsageError(
-            f"--lr {lr}: in the last 5 steps every update had a gradient that is not finite, and was skipped: it is "
-            f"too high for this model, or --dtype too coarse; try --resume {run_dir} --lr {lr / 10:g} or --dtype float32"
+            f"--lr {lr}: in the last 5 steps every update had a gradient that is not finite, and was skipped: it may "
+            f"be too high, or --dtype too coarse; try --resume {run_dir} --lr {lr / 10:g} or --dtype float32"
         )
     equal = [line["equal_groups"] == 1 for line in lines]
     if len(equal) < 20 or not all(equal[-20:]) or equal[-21:-20] == [True]:  # said once
