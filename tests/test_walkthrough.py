@@ -45,9 +45,9 @@ def is_measured(cell: NotebookNode) -> bool:
 
 def printed(cell: NotebookNode, source: bool = True) -> str:
     """What the cell printed, and the source that it showed; figures are not compared."""
-    outputs = [out.get("text", "") if source or out.output_type == "stream" else "" for out in cell.outputs]
+    outputs = [out.get("text", "") for out in cell.outputs]  # one print may arrive in two pieces, or two in one
     shown = [out.get("data", {}).get("text/markdown", "") for out in cell.outputs if source]
-    return "\n".join(outputs + shown)
+    return "".join(outputs) + "\n".join(filter(None, shown))
 
 
 def has_figure(text: str, figure: str) -> bool:
