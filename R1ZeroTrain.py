@@ -37,12 +37,13 @@ from pickle import UnpicklingError
 from statistics import fmean
 from typing import Annotated, Literal
 
-if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # the first of those that torchrun has started
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # once, however many processes there are
     print("loading torch and transformers", flush=True)  # takes seconds, which should not pass in silence
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -150,8 +151,7 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedM
     """The model in float32: at lr 1e-6 an update is smaller than half a bfloat16 step, and would be lost."""
     with model_files(model) as files:
         capped = getattr(AutoConfig.from_pretrained(**files).get_text_config(), "attn_logit_softcapping", None)
-        # Written out where sdpa is wrong: with Gemma 2's capping before transformers 5.22; on MPS with padding (pytorch
-        # issues 167515, 184180).
+        # Written out where sdpa is wrong: Gemma 2's cap before transformers 5.22; MPS with padding (pytorch 184180).
         if capped or torch.backends.mps.is_available():
             files["attn_implementation"] = "eager"
         policy, loaded = AutoModelForCausalLM.from_pretrained(
@@ -159,6 +159,8 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedM
         )
         if loaded["missing_keys"]:  # transformers would go on with random weights in their place
             raise ValueError(f"it lacks the weights {sorted(loaded['missing_keys'])[:3]}")
+        if gradient_checkpointing and not policy.supports_gradient_checkpointing:
+            raise ValueError("it does not support --gradient_checkpointing")
     policy.eval()  # dropout would make the ratio differ from 1 on the first update
     for module in policy.modules():
         if gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):
@@ -633,10 +635,8 @@ def train_step(step: int, policy, reference, sampler, optimizer, tokenizer, task
 
 
 def with_less_memory(optimizer, work: Callable, *args, cfg: Config, **more) -> tuple:
-    """work(...); if the GPU's memory is too small for it, once more with half the rows and tokens at a time.
-
-    That is the same work: what is random in it follows from the seed and the questions.
-    """
+    """work(...); if the GPU's memory is too small for it, once more with half the rows and tokens at a time: the same
+    work, as what is random in it follows from the seed and the questions."""
     halves = {name: max(1, getattr(cfg, name) // 2) for name in ("rollout_rows", "tokens_per_microbatch")}
     stepped = []
     hook = optimizer.optimizer.register_step_pre_hook(lambda *_: stepped.append(True))  # in accelerate's wrapper
@@ -651,7 +651,7 @@ def with_less_memory(optimizer, work: Callable, *args, cfg: Config, **more) -> t
         if stepped or more["accelerator"].num_processes > 1:  # weights have moved, or others wait in an exchange
             break
         optimizer.zero_grad()
-        torch.cuda.empty_cache()
+        clear_device_cache()
     raise UsageError(f"out of memory: try {' '.join(typed(halves))}, --gradient_checkpointing or --dtype bfloat16")
 
 
@@ -738,8 +738,7 @@ def run(arguments: list[str]) -> int:
         code, message = 2, "R1ZeroTrain.py: " + printable(" ".join(str(error).split()))  # one line, always
     except KeyboardInterrupt:
         code, message = 130, "\nstopped; --resume and the run's directory go on from its checkpoint, if it has one"
-    # Here, when main's frames are gone and the bar has drawn itself for the last time. Of many processes one speaks,
-    # but for what the others cannot know.
+    # Said when main's frames, and the bar with them, are gone; by one process, but for what it may not know.
     if os.environ.get("RANK", "0") == "0" or "out of memory" in message or "leave room" in message:
         print(message, file=sys.stderr)
     return code

@@ -605,22 +605,13 @@ def load_questions(
         raise UsageError(f"--dataset: --task {task} makes no questions of its own; try --dataset with a file")
     too_long = _length_check(tokenizer, template, max_new_tokens)
     if ask is not None:
-        if not _is_unicode(ask):
-            raise UsageError(f"--ask {printable(ask)}: holds bytes that are no UTF-8; try '44 19 35 = 98'")
-        question = ask_question(task, ask)
-        if reason := too_long(question["question"]):
-            raise UsageError(f"--ask: the question {reason}; try a shorter one or a smaller --max_new_tokens")
-        return None, [question]
-
+        return None, [_asked(task, ask, too_long)]
     train, test = _rows(task, dataset, eval_dataset, eval_only, bool(resume), too_long)
     if test:  # drawn rather than taken from the top: a file may be sorted
         chosen = random.Random(HELD_OUT_RNG).sample(list(test.keys), min(eval_questions, len(test.keys)))
         held_out = [spec.read(test.table[row]) for row in chosen]
     else:
-        held_out = _generate_held_out(task, eval_questions, options)
-        for number, question in enumerate(held_out, start=1):
-            if reason := too_long(question["question"]):
-                raise UsageError(f"--task {task}: held-out question {number} {reason}; try a smaller --max_new_tokens")
+        held_out = _generate_held_out(task, eval_questions, options, too_long)
     if eval_only:
         return None, held_out
     evaluated = frozenset(test.keys.values()) if test else frozenset()
@@ -628,6 +619,16 @@ def load_questions(
         return _passes(spec, _without(train, evaluated, dataset), seed), held_out
     _draw(task, random.Random(seed), False, options, evaluated)  # raises here, not in the middle of training
     return lambda i: _draw(task, random.Random(f"{seed}/{i}"), False, options, evaluated), held_out
+
+
+def _asked(task: str, text: str, too_long: Callable) -> dict:
+    """The question of --ask, if it can be asked."""
+    if not _is_unicode(text):
+        raise UsageError(f"--ask {printable(text)}: holds bytes that are no UTF-8; try '44 19 35 = 98'")
+    question = ask_question(task, text)
+    if reason := too_long(question["question"]):
+        raise UsageError(f"--ask: the question {reason}; try a shorter one or a smaller --max_new_tokens")
+    return question
 
 
 def _draw(task: str, rng: random.Random, held_out: bool, options: dict, evaluated: frozenset = frozenset()) -> dict:
@@ -645,7 +646,7 @@ def _draw(task: str, rng: random.Random, held_out: bool, options: dict, evaluate
     )
 
 
-def _generate_held_out(task: str, count: int, options: dict) -> list[dict]:
+def _generate_held_out(task: str, count: int, options: dict, too_long: Callable) -> list[dict]:
     rng = random.Random(HELD_OUT_RNG)
     found, repeats = {}, 0
     while len(found) < count and repeats < TRIES:
@@ -658,6 +659,9 @@ def _generate_held_out(task: str, count: int, options: dict) -> list[dict]:
             f"--eval_questions {count}: there are only {len(found)} different held-out questions to be found "
             f"with these options; try {len(found)}"
         )
+    for number, question in enumerate(found.values(), start=1):
+        if reason := too_long(question["question"]):
+            raise UsageError(f"--task {task}: held-out question {number} {reason}; try a smaller --max_new_tokens")
     return list(found.values())
 
 

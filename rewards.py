@@ -616,6 +616,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> Path:
         with new.open("rb") as file:
             path = path.with_name(path.name.format(sha256=hashlib.file_digest(file, "sha256").hexdigest()))
         new.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, has to reach the disk before the old file goes
+        os.fsync(folder)
+        os.close(folder)
     finally:
         new.unlink(missing_ok=True)
     return path

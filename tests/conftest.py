@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so 
 os.environ.pop("WANDB_MODE", None)
 
 import ipaddress
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,3 +139,12 @@ def prompt_of(rollout: Rollout, row: int) -> torch.Tensor:
     """The prompt's ids of a completion, without padding."""
     question = row * len(rollout.prompts) // len(rollout.ids)
     return rollout.prompt_ids[question][rollout.prompt_mask[question]]
+
+
+def letter_reward(completion: str, numbers: list[int], target: int) -> float:
+    """A reward that a random model earns now and then: without any, there would be nothing to learn from."""
+    return float(any("a" <= c <= "z" for c in completion.removeprefix("<think>")))
+
+
+def read_lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]

@@ -6,7 +6,6 @@ sampler can't follow has to be refused by its config.
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import prompt_of
+from conftest import prompt_of, read_lines
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
@@ -206,10 +205,6 @@ def test_log_probabilities_and_gradients_equal_the_plain_path(
             assert (found is None) == (wanted is None), name
             if wanted is not None and wanted.any():
                 assert float((found - wanted).norm() / wanted.norm()) < 1e-5, name
-
-
-def read_lines(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,7 +5,6 @@ are allowed. The processes are forked from one that has imported torch already, 
 """
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_lines
 from safetensors.torch import load_file
 
 import R1ZeroTrain
@@ -86,10 +86,6 @@ def finish(processes: list[multiprocessing.Process], output: Path, code: int = 0
     for rank, process in enumerate(processes):
         process.join(100)
         assert process.exitcode == code, output.with_name(f"output-{rank}").read_text()[-3000:]
-
-
-def read_lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
 def assert_same_run(got: Path, expected: Path) -> None:

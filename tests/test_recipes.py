@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from conftest import read_lines
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -140,10 +141,6 @@ def run(*arguments: object, **options: object) -> int:
     """R1ZeroTrain.py with SIZES, which `options` override, and further arguments."""
     words = [str(word) for name, value in (SIZES | options).items() for word in (f"--{name}", value)]
     return R1ZeroTrain.run(words + [str(argument) for argument in arguments])
-
-
-def read_lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
 def numbers(line: dict) -> list[float]:

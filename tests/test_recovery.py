@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import letter_reward
 
 import R1ZeroTrain
 import rewards
@@ -30,11 +31,6 @@ from R1ZeroTrain import Config, main, parse_config, read_checkpoint
 STEPS = 10
 TIMINGS = {"completion_tokens_per_second", "seconds"}
 KILLS = [pytest.param(3, id="short"), pytest.param(20, id="full", marks=pytest.mark.study)]
-
-
-def letter_reward(completion: str, numbers: list[int], target: int) -> float:
-    """A reward that a random model earns now and then: without any, there would be nothing to learn from."""
-    return float(any("a" <= c <= "z" for c in completion.removeprefix("<think>")))
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import prompt_of
+from conftest import letter_reward, prompt_of, read_lines
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -46,11 +46,6 @@ TASKS = [{"question": question, "answer": ANSWER, "index": i} for i, question in
 
 def progress(message: str, ids: Tensor | None = None) -> None:
     pass
-
-
-def letter_reward(completion: str, numbers: list[int], target: int) -> float:
-    """A reward that a random model earns now and then: without any, there would be nothing to learn from."""
-    return float(any("a" <= c <= "z" for c in completion.removeprefix("<think>")))
 
 
 def config(**options: object) -> Config:
@@ -512,10 +507,6 @@ def run(model: Path, run_dir: Path, *more: object) -> Path:
         )
     )
     return run_dir
-
-
-def read_lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
 
 def without_timings(run_dir: Path) -> list[dict]:
