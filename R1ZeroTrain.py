@@ -34,7 +34,6 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 from pickle import UnpicklingError
-from statistics import fmean
 from typing import Annotated, Literal
 
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # once, however many processes there are
@@ -52,12 +51,13 @@ from transformers.generation.streamers import TextStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # What goes into a run: questions, models' files, options.
-from prompts import TASKS, UsageError, command_line, encode, ends_when_asked, load_questions, load_tokenizer
-from prompts import model_files, parse, render_prompt, typed
+from prompts import TASKS, UsageError, command_line, encode, ends_when_asked, exit_code, load_questions
+from prompts import load_tokenizer, model_files, parse, render_prompt, typed
 
 # What comes out of it: rewards and other figures, logs, checkpoints.
 from rewards import Log, best_so_far, cut_log, evaluation, extract_answer, format_reward, newest_whole, open_run_dir
-from rewards import printable, progress_bar, save_model, summary, table, trouble, write_card, write_checkpoint
+from rewards import printable, progress_bar, save_model, step_means, summary, table, trouble, write_card
+from rewards import write_checkpoint
 
 # ---- Config: every option, its default and its meaning, once --------------------------------------------------------
 # Types that say which values can work, from the first to the second; 2**20 stands for "as many as you like".
@@ -240,6 +240,16 @@ def forward(model, ids: Tensor, mask: Tensor | None, keep: int, dtype: str, cach
     return out.hidden_states[-1][:, -keep:] if states else out.logits.float()
 
 
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """A token of each row and its log-probability, each [rows, 1], by inverse CDF from logits [rows, V]."""
+    probabilities = torch.softmax(logits / temperature, dim=-1)  # [rows, V]: the pi of eq. 1
+    cdf = probabilities.cumsum(-1)
+    # The first token whose cumulated probability exceeds u, scaled to what float32 sums up to. It exceeds, right=True,
+    # rather than reaches it, so that u = 0 picks no token of probability 0.
+    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+    return token, probabilities.gather(1, token).log()
+
+
 @torch.no_grad()
 def sample(
     policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, cfg: Config, progress: Callable
@@ -263,14 +273,9 @@ def sample(
     rows = torch.arange(len(ids), device=ids.device)  # which completion each row of the shrinking batch is
     alive = torch.ones_like(rows, dtype=torch.bool)
     for t in range(cfg.max_new_tokens):
-        probabilities = torch.softmax(logits[:, -1] / cfg.temperature, dim=-1)  # [rows, V]: the pi of eq. 1
-        cdf = probabilities.cumsum(-1)
-        # Inverse CDF: the first token whose cumulated probability exceeds u, scaled to what float32 sums up to. It
-        # exceeds, right=True, rather than reaches it, so that u = 0 picks no token of probability 0.
-        token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
-        token = token.clamp(max=cdf.shape[1] - 1)  # [rows, 1]
+        token, logp = draw(logits[:, -1], uniforms[rows, t, None], cfg.temperature)  # [rows, 1] each
         ids[rows, t] = token[:, 0] * alive  # a row that has finished goes on until it leaves the batch
-        logp_sampled[rows, t] = probabilities.gather(1, token)[:, 0].log()
+        logp_sampled[rows, t] = logp[:, 0]
         lengths[rows] += alive
         alive &= ~torch.isin(token[:, 0], eos)
         truncated[rows] = alive
@@ -626,12 +631,9 @@ def train_step(step: int, policy, reference, sampler, optimizer, tokenizer, task
     advantages = group_advantages(rewards.view(-1, cfg.group_size), cfg.advantage_scale)  # [N]
     metrics = update(policy, reference, optimizer, step, rollout, advantages, cfg, accelerator, progress)
     samples = [sample | {"advantage": a} for sample, a in zip(samples, advantages.tolist(), strict=True)]
-    everywhere, numbers = gather_object(samples), ("reward", "accuracy", "format", "length", "truncated")
-    line = {"step": step} | {name: fmean(sample[name] for sample in everywhere) for name in numbers}
-    groups = [everywhere[i : i + cfg.group_size] for i in range(0, len(everywhere), cfg.group_size)]
-    line["equal_groups"] = fmean(len({sample["reward"] for sample in group}) == 1 for group in groups)
+    means = step_means(gather_object(samples), cfg.group_size)
     speeds = {"completion_tokens_per_second": speed, "seconds": time.perf_counter() - began}
-    return line | metrics | speeds, samples
+    return {"step": step} | means | metrics | speeds, samples
 
 
 def with_less_memory(optimizer, work: Callable, *args, cfg: Config, **more) -> tuple:
@@ -731,17 +733,7 @@ def main(cfg: Config) -> None:
 
 def run(arguments: list[str]) -> int:
     """The way in from the command line; returns the exit code, 2 for an option that can't work."""
-    try:
-        main(parse_config(arguments))
-        return 0
-    except UsageError as error:
-        code, message = 2, "R1ZeroTrain.py: " + printable(" ".join(str(error).split()))  # one line, always
-    except KeyboardInterrupt:
-        code, message = 130, "\nstopped; --resume and the run's directory go on from its checkpoint, if it has one"
-    # Said when main's frames, and the bar with them, are gone; by one process, but for what it may not know.
-    if os.environ.get("RANK", "0") == "0" or "out of memory" in message or "leave room" in message:
-        print(message, file=sys.stderr)
-    return code
+    return exit_code(lambda: main(parse_config(arguments)))
 
 
 if __name__ == "__main__":
