@@ -47,7 +47,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -134,12 +134,15 @@ def make_accelerator(cfg: Config) -> Accelerator:
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if cfg.device not in ("auto", "cpu", best):
         raise UsageError(f"--device {cfg.device}: this machine has {best}; try {best}")
+    if best == "mps" and cfg.device != "cpu" and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(f"--device {cfg.device}: processes can't exchange gradients on MPS; try one, or --device cpu")
     # Processes may differ in how often they call the model: then an exchange of buffers at each call would never end.
     alone = DistributedDataParallelKwargs(broadcast_buffers=False)
     options = {"mixed_precision": "no", "log_with": "wandb" if cfg.wandb else None, "kwargs_handlers": [alone]}
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # set by accelerate launch --use_fsdp
-        # Shares out layer by layer what each process has read whole, as its sampler and reference need it.
+    if os.environ.get("FSDP_VERSION") == "2":  # set by accelerate launch --use_fsdp --fsdp_version 2
+        # Each process reads all weights, as set_up copies them; layers are gathered in the precision of the computing.
         plugin = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
+        plugin["mixed_precision_policy"] = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32)
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(**plugin)
     accelerator = Accelerator(cpu="cpu" in (cfg.device, best), **options)
     if cfg.questions_per_step % (n := accelerator.num_processes):
@@ -375,7 +378,7 @@ def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple
             out = torch.cat([out, rest], dim=1)  # [n, T, ...]: the prompt's end predicts token 0, token 0 the next
     if model.plain_head:
         head = model.get_output_embeddings().weight
-        packed = HeadLogprobs.apply(out[mask], head, ids[mask], cfg)
+        packed = HeadLogprobs.apply(out[mask].float(), head, ids[mask], cfg)  # float: its gradient is added up there
         return *(torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x) for x in packed), mask
     all_logp = torch.log_softmax(out / cfg.temperature, dim=-1)  # [n, T, V]
     with torch.no_grad():
