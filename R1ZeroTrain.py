@@ -41,14 +41,12 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # once, howev
     print("loading torch and transformers", flush=True)  # takes seconds, which should not pass in silence
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, fsdp2_prepare_model
-from accelerate.utils import gather_object
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.utils import fsdp2_prepare_model, gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -147,8 +145,8 @@ def make_accelerator(cfg: Config) -> Accelerator:
     accelerator = Accelerator(cpu="cpu" in (cfg.device, best), **options)
     if cfg.questions_per_step % (n := accelerator.num_processes):
         raise UsageError(f"--questions_per_step {cfg.questions_per_step}: not a multiple of {n} processes; try {4 * n}")
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not accelerator.is_fsdp2:
+    kind = "FSDP2" if accelerator.is_fsdp2 else accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise UsageError(f"{kind} is not supported; try accelerate launch --use_fsdp --fsdp_version 2")
     return accelerator
 
@@ -182,11 +180,10 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedM
 
 
 def refresh(sampler, model, dtype: str) -> None:
-    """Gives the sampler the model's weights, whole and in the precision of the computing: once here, not once for each
-    token. Float32 weights that are whole already are shared, not copied."""
+    """Gives the sampler the model's weights in the precision of the computing: once here, not once for each token."""
     for weight, master in zip(sampler.parameters(), model.parameters(), strict=True):
-        cast = master.detach().to(getattr(torch, dtype))
-        weight.data = cast.full_tensor() if isinstance(cast, DTensor) else cast
+        cast = master.detach().to(getattr(torch, dtype))  # of float32 no copy, so that the weights are shared
+        weight.data = cast.full_tensor() if hasattr(cast, "full_tensor") else cast  # FSDP: gathered from all processes
 
 
 @torch.no_grad()
@@ -363,7 +360,7 @@ def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple
     padded = not prompt_mask.all()
     attention = torch.cat([prompt_mask[question], torch.ones_like(mask)[:, 1:]], dim=1) if padded else None
     model = getattr(policy, "module", policy)  # in several processes the policy is wrapped
-    # Without a cache where a layer that is run again would find its own tokens in it, or each call exchanges weights.
+    # No cache where a layer that is run again would find its own tokens in it, or where each call exchanges weights.
     if cfg.gradient_checkpointing or isinstance(model, FSDPModule):
         whole = torch.cat([prompt_ids[question], ids[:, :-1]], dim=1)
         out = forward(policy, whole, attention, width, cfg.dtype, states=model.plain_head)
@@ -378,7 +375,7 @@ def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple
             out = torch.cat([out, rest], dim=1)  # [n, T, ...]: the prompt's end predicts token 0, token 0 the next
     if model.plain_head:
         head = model.get_output_embeddings().weight
-        packed = HeadLogprobs.apply(out[mask].float(), head, ids[mask], cfg)  # float: its gradient is added up there
+        packed = HeadLogprobs.apply(out[mask], head, ids[mask], cfg)
         return *(torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x) for x in packed), mask
     all_logp = torch.log_softmax(out / cfg.temperature, dim=-1)  # [n, T, V]
     with torch.no_grad():
@@ -426,7 +423,8 @@ class HeadLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logp: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         states, head, ids, log_sum = ctx.saved_tensors
         scale, dtype = grad_logp[:, None] / ctx.cfg.temperature, getattr(torch, ctx.cfg.dtype)
-        grad_states, grad_head = torch.zeros_like(states), torch.empty_like(head)
+        # In float32 whatever states are, as the many pieces' are added up in it.
+        grad_states, grad_head = torch.zeros_like(states, dtype=torch.float32), torch.empty_like(head)
         for rows, logits, place, here in HeadLogprobs.pieces(states, head, ids, ctx.cfg):
             # d logp / d logits = one-hot - softmax; in place, as each pass over the logits takes its time
             softmax = logits.sub_(log_sum[:, None]).exp_()
@@ -534,7 +532,7 @@ def update(
     logp_old: list[Tensor] = []
     names = ("tokens", "kl", "entropy", "logp_gap", "clip_fraction")
     sums = {name: torch.zeros((), device=lengths.device) for name in names}
-    skipped, grad_norm, lr = 0, torch.zeros(()), cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
+    skipped, grad_norm, lr = 0, 0.0, cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
     updates = cfg.updates_per_rollout if step < cfg.steps else 0  # the last step only measures
     for epoch, (i, rows) in itertools.product(range(max(1, updates)), enumerate(batches)):
         last = i + 1 == most
@@ -556,18 +554,16 @@ def update(
             sums["entropy"] += (entropy * mask).sum()
             sums["logp_gap"] += ((logp_old[i] - rollout.logp_sampled[rows, : logp.shape[1]]).abs() * mask).sum()
         if updates and last:
-            grad_norm = accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+            grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
             optimizer.param_groups[0]["lr"] = lr
-            if grad_norm.isfinite():
+            if isfinite(grad_norm):  # else the update would make all weights NaN
                 optimizer.step()
-            else:  # one such update would make all weights NaN
-                skipped += 1
+            skipped += not isfinite(grad_norm)
             optimizer.zero_grad()
         progress(f"update {i + 1} of {most}", None)
     tokens, *totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
     metrics = {name: total / tokens for name, total in zip(names[1:], totals, strict=True)}
-    metrics |= {"grad_norm": float(grad_norm), "skipped_updates": skipped, "lr": lr if updates else 0.0}
+    metrics |= {"grad_norm": grad_norm, "skipped_updates": skipped, "lr": lr if updates else 0.0}
     return {name: value if isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
 
 
@@ -603,18 +599,13 @@ def ask(policy, tokenizer, task: dict, cfg: Config) -> None:
 
 
 # ---- Files: checkpoint, log, report ---------------------------------------------------------------------------------
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
 def save_checkpoint(run_dir: Path, step: int, model, optimizer, writes: bool) -> None:
-    """The state after `step` steps. What a step draws follows from seed and step, so no random state is needed.
-
-    All processes gather it, in the main one; it is the same for one process, DDP and FSDP.
-    """
-    policy, adam = get_state_dict(model, optimizer, options=WHOLE)
+    """The state after `step` steps, gathered from all processes and written by one. What a step draws follows from seed
+    and step, so no random state is needed."""
+    policy, adam = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = {"policy": policy, "optimizer": adam, "step": step}
+    size = 3 * sum(p.nbytes for p in model.parameters())  # the weights, and Adam's two
     if writes:
-        size = 3 * sum(p.nbytes for p in model.parameters())  # the weights, and Adam's two
-        state = {"policy": policy, "optimizer": adam, "step": step}
         write_checkpoint(run_dir, step, size, lambda file: torch.save(state, file))
 
 
@@ -632,14 +623,14 @@ def set_up(cfg: Config, accelerator, saved: dict, trains: bool) -> tuple:
     """(policy, reference, sampler, optimizer) as the saved state has them, or as they are before the first step."""
     policy = load_policy(cfg.model, cfg.gradient_checkpointing)
     reference = copy.deepcopy(policy).requires_grad_(False) if trains and cfg.kl_beta > 0 else None
-    # deepcopy's memo: what is named in it is not copied; refresh will fill in the weights.
+    # deepcopy's memo: what is named in it is not copied. refresh fills in the weights.
     sampler = copy.deepcopy(policy, {id(weight): torch.nn.Parameter(weight.data) for weight in policy.parameters()})
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     policy, _ = accelerator.prepare(policy, optimizer)  # its wrapper of the optimizer would do nothing here
     model = accelerator.unwrap_model(policy)
     if "policy" in saved:
         state = {"model_state_dict": saved["policy"], "optim_state_dict": saved["optimizer"]}
-        set_state_dict(model, optimizer, **state, options=WHOLE)
+        set_state_dict(model, optimizer, **state, options=StateDictOptions(full_state_dict=True))
     refresh(sampler, model, cfg.dtype)
     if reference is not None:  # shared out as the policy is, or whole
         reference = fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2 else reference.to(model.device)
@@ -723,8 +714,7 @@ def main(cfg: Config) -> None:
             ends = any(gather_object([bool(asked)]))
             due = ends or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0)
             if due and step > start:
-                writes = is_main and not metrics.waiting + completions.waiting
-                save_checkpoint(run_dir, step, model, optimizer, writes)
+                save_checkpoint(run_dir, step, model, optimizer, is_main and not metrics.waiting + completions.waiting)
             if ends:
                 bar.close()
                 accelerator.end_training()
@@ -733,7 +723,7 @@ def main(cfg: Config) -> None:
             if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
                 evaluated, shown = with_less_memory(optimizer, evaluate, sampler, tokenizer, held_out, **shared)
             if evaluated and step > 0:
-                refresh(sampler, model, "float32")
+                refresh(sampler, model, "float32")  # what is saved, though not what is computed with
                 if is_main and evaluated["eval_pass@1"] > best_so_far(run_dir):
                     save_model(run_dir / "best", sampler, tokenizer, score=evaluated["eval_pass@1"])
                 refresh(sampler, model, cfg.dtype)
