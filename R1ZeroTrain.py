@@ -57,9 +57,8 @@ from prompts import TASKS, UsageError, command_line, encode, ends_when_asked, ex
 from prompts import load_tokenizer, model_files, parse, render_prompt, typed
 
 # What comes out of it: rewards and other figures, logs, checkpoints.
-from rewards import Log, best_so_far, cut_log, evaluation, extract_answer, format_reward, newest_whole, open_run_dir
-from rewards import printable, progress_bar, save_model, step_means, summary, table, trouble, write_card
-from rewards import write_checkpoint
+from rewards import Log, best_so_far, evaluation, extract_answer, format_reward, newest_whole, open_run_dir, printable
+from rewards import progress_bar, save_model, step_means, summary, table, trouble, write_card, write_checkpoint
 
 # ---- Config: every option, its default and its meaning, once --------------------------------------------------------
 # Types that say which values can work, from the first to the second; 2**20 stands for "as many as you like".
@@ -129,25 +128,22 @@ parse_config = partial(parse, Config)  # the words of a command line -> Config
 # ---- Device, randomness, policy -------------------------------------------------------------------------------------
 def make_accelerator(cfg: Config) -> Accelerator:
     """One process or many, on CUDA, else MPS, else CPU; lower precision is autocast's job, in `forward`."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    mps = torch.backends.mps.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"  # which can't carry gradients
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if cfg.device not in ("auto", "cpu", best):
         raise UsageError(f"--device {cfg.device}: this machine has {best}; try {best}")
-    if best == "mps" and cfg.device != "cpu" and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError(f"--device {cfg.device}: processes can't exchange gradients on MPS; try one, or --device cpu")
     # Processes may differ in how often they call the model: then an exchange of buffers at each call would never end.
-    alone = DistributedDataParallelKwargs(broadcast_buffers=False)
-    options = {"mixed_precision": "no", "log_with": "wandb" if cfg.wandb else None, "kwargs_handlers": [alone]}
+    options = {"mixed_precision": "no", "kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
     if os.environ.get("FSDP_VERSION") == "2":  # set by accelerate launch --use_fsdp --fsdp_version 2
         # Each process reads all weights, as set_up copies them; layers are gathered in the precision of the computing.
         plugin = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
         plugin["mixed_precision_policy"] = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32)
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(**plugin)
-    accelerator = Accelerator(cpu="cpu" in (cfg.device, best), **options)
+    accelerator = Accelerator(cpu="cpu" in (cfg.device, best), log_with="wandb" if cfg.wandb else None, **options)
     if cfg.questions_per_step % (n := accelerator.num_processes):
         raise UsageError(f"--questions_per_step {cfg.questions_per_step}: not a multiple of {n} processes; try {4 * n}")
-    kind = "FSDP2" if accelerator.is_fsdp2 else accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise UsageError(f"{kind} is not supported; try accelerate launch --use_fsdp --fsdp_version 2")
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not accelerator.is_fsdp2:
+        raise UsageError("only DDP and FSDP2 are supported; try accelerate launch --use_fsdp --fsdp_version 2")
     return accelerator
 
 
@@ -315,10 +311,6 @@ def generate(
     prompts = [render_prompt(tokenizer, task["question"], cfg.template) for task in tasks]
     padded = encode(tokenizer, prompts, cfg.template, padding=True, padding_side="left", return_tensors="pt")
     prompt_ids, prompt_mask = padded["input_ids"].to(device), padded["attention_mask"].to(device).bool()  # [Q, P]
-    room = tokenizer.model_max_length - prompt_ids.shape[1]
-    if cfg.max_new_tokens > room:
-        works = room if room > 0 else "a shorter question"
-        raise UsageError(f"--max_new_tokens {cfg.max_new_tokens}: the prompts leave room for {room}; try {works}")
     ends = policy.generation_config.eos_token_id  # chat models have several
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     eos = torch.tensor(sorted(ends), device=device)
@@ -528,13 +520,8 @@ def update(
     # FSDP's processes meet in each pass, so that all make as many: the further ones go over a row again, for nothing.
     own, most = len(batches), max(gather_object([len(batches)]))
     batches += [batches[-1][-1:]] * (most - own)
-    logp_ref: list[Tensor | None] = [None] * most
-    if reference is not None:  # before the policy's passes, whose graphs would take up memory meanwhile
-        with torch.no_grad():
-            for i, rows in enumerate(batches):
-                logp_ref[i] = token_logprobs(reference, rollout, rows, cfg)[0]
-                progress(f"reference {i + 1} of {most}", None)
     logp_old: list[Tensor] = []
+    logp_ref: list[Tensor | None] = []
     names = ("tokens", "kl", "entropy", "logp_gap", "clip_fraction")
     sums = {name: torch.zeros((), device=lengths.device) for name in names}
     skipped, grad_norm, lr = 0, 0.0, cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
@@ -544,6 +531,8 @@ def update(
         # DDP adds up gradients over processes at the last backward only; FSDP at each, as no process holds them whole.
         sync = nullcontext() if last or isinstance(policy, FSDPModule) else accelerator.no_sync(policy)
         with sync, torch.set_grad_enabled(updates > 0):
+            if epoch == 0:  # first, as the graph of the policy's pass takes up memory
+                logp_ref.append(token_logprobs(reference, rollout, rows, cfg)[0].detach() if cfg.kl_beta > 0 else None)
             logp, entropy, mask = token_logprobs(policy, rollout, rows, cfg)
             mask = mask & (i < own)
             if epoch == 0:
@@ -698,29 +687,24 @@ def main(cfg: Config) -> None:
         return ask(sampler, tokenizer, held_out[0], cfg)
     offline = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}  # no upload unless the user says so
     accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": offline})  # nothing, without --wandb
-    metrics, completions = Log(run_dir / "metrics.jsonl"), Log(run_dir / "completions.jsonl")
+    cut = start if cfg.resume and not cfg.eval_only else None
+    metrics, completions = (Log(run_dir / f"{name}.jsonl", is_main, cut) for name in ("metrics", "completions"))
     bar, show = progress_bar(cfg.steps, start, is_main)
     shared = {"cfg": cfg, "accelerator": accelerator, "progress": show}
     if cfg.eval_only:
         evaluated, _ = evaluate(sampler, tokenizer, held_out, **shared)
         bar.close()
         accelerator.end_training()
-        if is_main:
-            metrics.append([{"step": start} | evaluated])
+        metrics.append([{"step": start} | evaluated])
         return accelerator.print(f"\n{table({'now': evaluated})}")
-    for log in (metrics, completions) if cfg.resume and is_main else ():
-        cut_log(log.path, start)
     lines = []
     with ends_when_asked() as asked:
         for step in range(start, cfg.steps + 1):  # a line of the log describes the policy after `step` steps
             ends = any(gather_object([bool(asked)]))
-            due = ends or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0)
-            if due and step > start:
+            if step > start and (ends or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0)):
                 save_checkpoint(run_dir, step, model, optimizer, is_main and not metrics.waiting + completions.waiting)
             if ends:
-                bar.close()
-                accelerator.end_training()
-                return accelerator.print(f"\nTo go on: uv run R1ZeroTrain.py --resume {run_dir}")
+                break
             evaluated, shown = {}, []
             if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
                 evaluated, shown = with_less_memory(optimizer, evaluate, sampler, tokenizer, held_out, **shared)
@@ -737,17 +721,17 @@ def main(cfg: Config) -> None:
             if accelerator.device.type == "mps":
                 torch.mps.empty_cache()  # its allocator keeps a buffer for each shape that it has met
             lines.append(line | evaluated)
-            if is_main:
-                metrics.append(lines[-1:])
-                completions.append([{"step": step} | sample for sample in shown + samples[:4]])
+            metrics.append(lines[-1:])
+            completions.append([{"step": step} | sample for sample in shown + samples[:4]])
             if (note := trouble(lines, run_dir, cfg.lr, cfg.updates_per_rollout)) and is_main:
                 bar.write(note)
             accelerator.log(lines[-1], step)
-            bar.set_postfix({k: f"{line[k]:.3g}" for k in ("reward", "length", "kl") if line[k] is not None})
-            bar.update(step < cfg.steps)
+            show(line=line)
     bar.close()
-    refresh(sampler, model, "float32")
     accelerator.end_training()
+    if ends:
+        return accelerator.print(f"\nTo go on: uv run R1ZeroTrain.py --resume {run_dir}")
+    refresh(sampler, model, "float32")
     if is_main:
         for log in (metrics, completions):
             log.close()

@@ -563,7 +563,7 @@ def exit_code(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         code, message = 130, "\nstopped; --resume and the run's directory go on from its checkpoint, if it has one"
     # Said when the frames of the work, and its bar with them, are gone; by one process, but for what it may not know.
-    if os.environ.get("RANK", "0") == "0" or "out of memory" in message or "leave room" in message:
+    if os.environ.get("RANK", "0") == "0" or "out of memory" in message or "makes a prompt" in message:
         print(message, file=sys.stderr)
     return code
 
@@ -633,7 +633,14 @@ def load_questions(
     if train:
         return _passes(spec, _without(train, evaluated, dataset), seed), held_out
     _draw(task, random.Random(seed), False, options, evaluated)  # raises here, not in the middle of training
-    return lambda i: _draw(task, random.Random(f"{seed}/{i}"), False, options, evaluated), held_out
+
+    def question_at(i: int) -> dict:
+        question = _draw(task, random.Random(f"{seed}/{i}"), False, options, evaluated)
+        if reason := too_long(question["question"]):
+            raise UsageError(f"--task {task}: a question {reason}; try a smaller --max_new_tokens")
+        return question
+
+    return question_at, held_out
 
 
 def _asked(task: str, text: str, too_long: Callable) -> dict:

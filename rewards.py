@@ -709,10 +709,21 @@ def write_checkpoint(run_dir: Path, step: int, size: int, write: Callable[[Binar
 class Log:
     """A file with a JSON object a line. None is lost: what a full disk refuses waits for the next append."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.waiting = path, []
+    def __init__(self, path: Path, writes: bool = True, cut: int | None = None) -> None:
+        """Of several processes one `writes`. With `cut` only lines of steps before that one are left, so that a resumed
+        run writes each step once."""
+        self.path, self.writes, self.waiting = path, writes, []
+        if not writes or cut is None:
+            return
+        kept = [json.dumps(line) + "\n" for line in read(path) if line["step"] < cut]
+        try:
+            write_whole(path, lambda file: file.write("".join(kept).encode()))
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written ({error}); free some space, then try again") from error
 
     def append(self, lines: list[dict]) -> None:
+        if not self.writes:
+            return
         self.waiting += [json.dumps(line) + "\n" for line in lines]
         content, size = "".join(self.waiting).encode(), self.path.stat().st_size if self.path.exists() else 0
         try:
@@ -742,26 +753,22 @@ def read(path: Path) -> list[dict]:
         raise UsageError(f"{path}: is damaged ({error}); try a copy of it") from error
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Leaves only what came before `step` in a log, so that a resumed run writes each step once."""
-    kept = [json.dumps(line) + "\n" for line in read(path) if line["step"] < step]
-    try:
-        write_whole(path, lambda file: file.write("".join(kept).encode()))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error}); free some space, then try again") from error
-
-
 def progress_bar(steps: int, start: int, visible: bool) -> tuple:
-    """(tqdm's bar, show(phase, ids) which names on it what is going on)."""
+    """(tqdm's bar, show(phase), which names on it what is going on, and show(line=), of the step that is done)."""
     from tqdm import tqdm
 
     style = "{desc}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits 80 columns
     options = {"bar_format": style, "dynamic_ncols": True, "miniters": 0, "mininterval": 0.5, "smoothing": 0}
     bar = tqdm(total=steps, initial=start, disable=not visible, **options)
 
-    def show(phase: str, ids: object = None) -> None:
-        bar.set_description(phase, refresh=False)
-        bar.update(0)  # redraws it, at most twice a second
+    def show(phase: str = "", ids: object = None, line: dict | None = None) -> None:
+        if line:
+            known = {name: line[name] for name in ("reward", "length", "kl") if line[name] is not None}
+            bar.set_postfix({name: f"{value:.3g}" for name, value in known.items()})
+            bar.update(line["step"] < steps)
+        else:
+            bar.set_description(phase, refresh=False)
+            bar.update(0)  # redraws it, at most twice a second
 
     return bar, show
 
