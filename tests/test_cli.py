@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import pytest
@@ -117,6 +118,25 @@ def test_a_device_that_this_machine_has_not_is_refused(
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     assert_one_line(cli("--device", "cuda"), "--device cuda")
     assert_one_line(cli("--device", "mps"), "--device mps")
+
+
+@pytest.mark.parametrize("device", ["auto", "mps"])
+def test_several_processes_on_mps_are_refused(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_one_line(cli("--device", device), f"--device {device}", "MPS", "--device cpu")
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_what_would_train_otherwise_than_ddp_and_fsdp2_is_refused(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    made = SimpleNamespace(num_processes=1, is_fsdp2=False, distributed_type=SimpleNamespace(value=kind))
+    monkeypatch.setattr(R1ZeroTrain, "Accelerator", lambda **_: made)
+    assert_one_line(cli(), kind, "--fsdp_version 2")
 
 
 @pytest.mark.parametrize(

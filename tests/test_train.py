@@ -453,6 +453,20 @@ def test_groups_of_equal_rewards_cost_nothing_without_kl(case: Case, monkeypatch
     assert len(set(itertools.chain(*seen))) == 12, "the KL of every row counts"
 
 
+def test_the_heads_gradient_is_added_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FSDP states are bfloat16, and a vocabulary has hundreds of pieces."""
+    monkeypatch.setattr(R1ZeroTrain, "LOGITS_AT_ONCE", 0)  # pieces of one row
+    generator = torch.Generator().manual_seed(0)
+    states, head = torch.randn(32, 16, generator=generator), torch.randn(2000, 16, generator=generator) / 4
+    ids, gradients = torch.arange(32), []
+    for dtype in ("float32", "bfloat16"):
+        leaf = states.bfloat16().to(getattr(torch, dtype)).requires_grad_()
+        rounded = head.bfloat16().to(leaf.dtype)
+        R1ZeroTrain.HeadLogprobs.apply(leaf, rounded, ids, config(dtype=dtype))[0].sum().backward()
+        gradients.append(leaf.grad.float())
+    assert relative(gradients[1], gradients[0]) < 0.005, "half a step of bfloat16 is 0.002"
+
+
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])  # the second has dropout, which has to stay off
 def test_gradient_checkpointing_changes_memory_alone(model: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(model)
