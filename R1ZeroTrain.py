@@ -57,7 +57,7 @@ from prompts import TASKS, UsageError, command_line, encode, ends_when_asked, ex
 from prompts import load_tokenizer, model_files, parse, render_prompt, typed
 
 # What comes out of it: rewards and other figures, logs, checkpoints.
-from rewards import Log, best_so_far, evaluation, extract_answer, format_reward, newest_whole, open_run_dir, printable
+from rewards import Log, evaluation, extract_answer, format_reward, newest_whole, open_run_dir, printable
 from rewards import progress_bar, save_model, step_means, summary, table, trouble, write_card, write_checkpoint
 
 # ---- Config: every option, its default and its meaning, once --------------------------------------------------------
@@ -534,7 +534,7 @@ def update(
             if epoch == 0:  # first, as the graph of the policy's pass takes up memory
                 logp_ref.append(token_logprobs(reference, rollout, rows, cfg)[0].detach() if cfg.kl_beta > 0 else None)
             logp, entropy, mask = token_logprobs(policy, rollout, rows, cfg)
-            mask = mask & (i < own)
+            mask = mask if i < own else torch.zeros_like(mask)
             if epoch == 0:
                 logp_old.append(logp.detach())
             clip = (cfg.clip_low, cfg.clip_high, cfg.kl_beta)
@@ -617,8 +617,7 @@ def set_up(cfg: Config, accelerator, saved: dict, trains: bool) -> tuple:
     """(policy, reference, sampler, optimizer) as the saved state has them, or as they are before the first step."""
     policy = load_policy(cfg.model, cfg.gradient_checkpointing)
     reference = copy.deepcopy(policy).requires_grad_(False) if trains and cfg.kl_beta > 0 else None
-    # deepcopy's memo: what is named in it is not copied. refresh fills in the weights.
-    sampler = copy.deepcopy(policy, {id(weight): torch.nn.Parameter(weight.data) for weight in policy.parameters()})
+    sampler = copy.deepcopy(policy).to(accelerator.device)  # before FSDP shares the weights out; refresh sets its own
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     policy, _ = accelerator.prepare(policy, optimizer)  # its wrapper of the optimizer would do nothing here
     model = accelerator.unwrap_model(policy)
@@ -628,7 +627,7 @@ def set_up(cfg: Config, accelerator, saved: dict, trains: bool) -> tuple:
     refresh(sampler, model, cfg.dtype)
     if reference is not None:  # shared out as the policy is, or whole
         reference = fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2 else reference.to(model.device)
-    return policy, reference, sampler.to(accelerator.device), optimizer
+    return policy, reference, sampler, optimizer
 
 
 def train_step(step: int, policy, reference, sampler, optimizer, tokenizer, tasks, cfg, accelerator, progress) -> tuple:
@@ -710,8 +709,7 @@ def main(cfg: Config) -> None:
                 evaluated, shown = with_less_memory(optimizer, evaluate, sampler, tokenizer, held_out, **shared)
             if evaluated and step > 0:
                 refresh(sampler, model, "float32")  # what is saved, though not what is computed with
-                if is_main and evaluated["eval_pass@1"] > best_so_far(run_dir):
-                    save_model(run_dir / "best", sampler, tokenizer, score=evaluated["eval_pass@1"])
+                save_model(run_dir / "best", sampler, tokenizer, is_main, score=evaluated["eval_pass@1"])
                 refresh(sampler, model, cfg.dtype)
             first = step * cfg.questions_per_step + share * accelerator.process_index
             tasks = [question_at(i) | {"index": i} for i in range(first, first + share)]
@@ -728,14 +726,14 @@ def main(cfg: Config) -> None:
             accelerator.log(lines[-1], step)
             show(line=line)
     bar.close()
+    refresh(sampler, model, "float32")  # while the other processes, whose shares it may need, are there
     accelerator.end_training()
     if ends:
         return accelerator.print(f"\nTo go on: uv run R1ZeroTrain.py --resume {run_dir}")
-    refresh(sampler, model, "float32")
     if is_main:
         for log in (metrics, completions):
             log.close()
-        save_model(run_dir / "model", sampler, tokenizer, needed=True)
+        save_model(run_dir / "model", sampler, tokenizer, True, needed=True)
         write_card(command_line(cfg), **vars(cfg) | {"run_dir": run_dir})
         print("\n" + summary(run_dir, cfg.task, cfg.steps))
 

@@ -662,12 +662,16 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def save_model(folder: Path, model, tokenizer, needed: bool = False, score: float | None = None) -> None:
-    """A plain save_pretrained folder, put in the place of an older one when it is whole; with its score, if it has one.
+def save_model(folder: Path, model, tokenizer, writes: bool, needed: bool = False, score: float | None = None) -> None:
+    """A plain save_pretrained folder, put in the place of an older one when it is whole, if this process `writes`.
 
-    A full disk costs a warning; UsageError if it is `needed`.
+    With a `score`, which is kept in the folder, only if it is higher than the older one's. A full disk costs a warning;
+    UsageError if it is `needed`.
     """
     from safetensors import SafetensorError
+
+    if not writes or (score is not None and score <= best_so_far(folder)):
+        return
 
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
@@ -795,9 +799,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def best_so_far(run_dir: Path) -> float:
+def best_so_far(folder: Path) -> float:
     """The held-out pass@1 of the policy in best/; -1 where there is none."""
-    path = run_dir / "best/pass@1"
+    path = folder / "pass@1"
     return float(path.read_text()) if path.exists() else -1.0
 
 

@@ -120,23 +120,30 @@ def test_a_device_that_this_machine_has_not_is_refused(
     assert_one_line(cli("--device", "mps"), "--device mps")
 
 
-@pytest.mark.parametrize("device", ["auto", "mps"])
-def test_several_processes_on_mps_are_refused(
-    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, device: str
+def accelerator_of(kind: str) -> SimpleNamespace:
+    return SimpleNamespace(num_processes=1, is_fsdp2=False, distributed_type=SimpleNamespace(value=kind))
+
+
+def test_several_processes_have_the_cpu_where_one_has_mps(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_one_line(cli("--device", device), f"--device {device}", "MPS", "--device cpu")
+    on_cpu: list[bool] = []
+    monkeypatch.setattr(R1ZeroTrain, "Accelerator", lambda cpu, **_: on_cpu.append(cpu) or accelerator_of("MULTI_CPU"))
+    for processes in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        R1ZeroTrain.make_accelerator(Config())
+    assert on_cpu == [False, True]
+    assert_one_line(cli("--device", "mps"), "--device mps", "try cpu")
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_what_would_train_otherwise_than_ddp_and_fsdp2_is_refused(
     cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    made = SimpleNamespace(num_processes=1, is_fsdp2=False, distributed_type=SimpleNamespace(value=kind))
-    monkeypatch.setattr(R1ZeroTrain, "Accelerator", lambda **_: made)
-    assert_one_line(cli(), kind, "--fsdp_version 2")
+    monkeypatch.setattr(R1ZeroTrain, "Accelerator", lambda **_: accelerator_of(kind))
+    assert_one_line(cli(), "only DDP and FSDP2", "--fsdp_version 2")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 import R1ZeroTrain
 from prompts import TASKS as REGISTRY
-from R1ZeroTrain import Config, Rollout, forward, generate, load_policy, load_tokenizer, token_logprobs
+from R1ZeroTrain import Config, Rollout, forward, generate, load_policy, load_questions, load_tokenizer, token_logprobs
 
 TINY_BASE = Path(R1ZeroTrain.__file__).parent / "notebooks/tiny-base"
 WINDOW = 8  # far shorter than prompts and completions, so that a mistake in a sliding window shows
@@ -239,8 +239,10 @@ def test_longrope_ends_where_it_would_turn_all_positions_anew(folder: Callable[[
     )
     room = 128 - prompt
     assert generate(policy, tokenizer, TASKS[1:2], 1, config(max_new_tokens=room), "", lambda *_: None).text
-    with pytest.raises(R1ZeroTrain.UsageError, match=f"leave room for {room}; try {room}"):
-        generate(policy, tokenizer, TASKS[1:2], 1, config(max_new_tokens=room + 1), "", lambda *_: None)
+    options = {"tokenizer": tokenizer, "ask": TASKS[1]["question"]}
+    assert load_questions("countdown", "", 0, 1, max_new_tokens=room, **options)
+    with pytest.raises(R1ZeroTrain.UsageError, match=f"has room for {prompt - 1} beside --max_new_tokens {room + 1};"):
+        load_questions("countdown", "", 0, 1, max_new_tokens=room + 1, **options)
 
 
 # What can't be supported, and a word of the reason.

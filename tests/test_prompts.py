@@ -962,6 +962,26 @@ def test_where_all_prompts_are_too_long_one_is_named(hub: list[str]) -> None:
     assert one_line(error).startswith("--max_new_tokens 400: the model reads 400 in all; try 200")
 
 
+def test_a_question_made_for_training_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def question(rng: random.Random, held_out: bool) -> dict:
+        long = not held_out and rng.random() < 0.5
+        return {"question": f"{rng.random()}" + " long" * 300 * long, "answer": {}}
+
+    made = prompts.Task(lambda text: 0.0, generate=question, options=("held_out",))
+    monkeypatch.setitem(prompts.TASKS, "made", made)
+    question_at, _ = load_questions("made", "", 0, 8, tokenizer=bytes_tokenizer(1500), max_new_tokens=10)
+    refused = []
+    for i in range(40):
+        try:
+            assert "long" not in question_at(i)["question"]
+        except UsageError as error:
+            refused.append(str(error))
+    assert 5 < len(refused) < 35
+    for message in refused:
+        assert message.startswith("--task made: a question makes a prompt of ")
+        assert message.endswith("beside --max_new_tokens 10; try a smaller --max_new_tokens")
+
+
 def test_only_prompts_that_may_be_too_long_are_tokenized(tmp_path: Path) -> None:
     text, calls = bytes_tokenizer(2048), []
     text.chat_template = CHATML
