@@ -178,8 +178,9 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedM
 def refresh(sampler, model, dtype: str) -> None:
     """Gives the sampler the model's weights in the precision of the computing: once here, not once for each token."""
     for weight, master in zip(sampler.parameters(), model.parameters(), strict=True):
-        cast = master.detach().to(getattr(torch, dtype))  # of float32 no copy, so that the weights are shared
-        weight.data = cast.full_tensor() if hasattr(cast, "full_tensor") else cast  # FSDP: gathered from all processes
+        if weight is not master:  # float32 weights are shared
+            cast = master.detach().to(getattr(torch, dtype))
+            weight.data = cast.full_tensor() if hasattr(cast, "full_tensor") else cast  # FSDP: from all processes
 
 
 @torch.no_grad()
@@ -617,14 +618,15 @@ def set_up(cfg: Config, accelerator, saved: dict, trains: bool) -> tuple:
     """(policy, reference, sampler, optimizer) as the saved state has them, or as they are before the first step."""
     policy = load_policy(cfg.model, cfg.gradient_checkpointing)
     reference = copy.deepcopy(policy).requires_grad_(False) if trains and cfg.kl_beta > 0 else None
-    sampler = copy.deepcopy(policy).to(accelerator.device)  # before FSDP shares the weights out; refresh sets its own
+    shared = {id(weight): weight for weight in policy.parameters()} if cfg.dtype == "float32" else {}
+    sampler = copy.deepcopy(policy, shared)  # deepcopy's memo: a weight that is named in it is shared, not copied
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     policy, _ = accelerator.prepare(policy, optimizer)  # its wrapper of the optimizer would do nothing here
     model = accelerator.unwrap_model(policy)
     if "policy" in saved:
         state = {"model_state_dict": saved["policy"], "optim_state_dict": saved["optimizer"]}
         set_state_dict(model, optimizer, **state, options=StateDictOptions(full_state_dict=True))
-    refresh(sampler, model, cfg.dtype)
+    refresh(sampler.to(accelerator.device), model, cfg.dtype)
     if reference is not None:  # shared out as the policy is, or whole
         reference = fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2 else reference.to(model.device)
     return policy, reference, sampler, optimizer
