@@ -1,6 +1,6 @@
 """R1-Zero in one file: a base model learns to reason from rule-based rewards alone, by GRPO (arXiv 2501.12948).
 
-    The algorithm, each step                                       where
+    The algorithm, each step                                       where (2 to 6 are called by train_step)
     1. draw Q questions                                            question_at, in main
     2. sample G completions of each from the policy                generate
     3. reward each completion: is the answer right, the form kept  score
@@ -103,7 +103,7 @@ class Config:
     clip_high: Weight = option(0.2, "epsilon of eq. 1: the ratio is clipped at 1 + clip_high")
     loss: Literal["grpo", "dapo", "dr_grpo"] = option("grpo", "how much a token weighs: see token_weights")
     advantage_scale: Literal["group", "none"] = option("group", "divide by the group's std (eq. 3), or by nothing")
-    updates_per_rollout: Count = option(1, "mu of the paper: optimizer steps on one rollout")
+    updates_per_rollout: Count = option(1, "mu of DeepSeekMath's Algorithm 1: optimizer steps on one rollout")
     max_grad_norm: Positive = option(1.0, "a longer gradient is scaled down to this norm")
     tokens_per_microbatch: Count = option(8192, "tokens in one forward pass: bounds memory, not the result")
     gradient_checkpointing: bool = option(False, "keep layers' inputs alone for the backward pass: leaner, slower")
@@ -207,7 +207,7 @@ class Rollout:
     prompt_mask: Tensor  # [Q, P], False on padding
     ids: Tensor  # [N, T], padded right; EOS, where there is one, is the last token
     lengths: Tensor  # [N], tokens of each completion, EOS included
-    logp_sampled: Tensor  # [N, T], log-probability each token was sampled with
+    logp_sampled: Tensor  # [N, T], log-probability each token was sampled with; logp_gap compares it with logp_old
     truncated: Tensor  # [N], True where the token limit cut the completion off
     prompts: list[str]  # Q prompts as the model reads them
     text: list[str]  # N completions as the rewards read them, from the prefilled <think> on
@@ -249,7 +249,7 @@ def forward(model, ids: Tensor, mask: Tensor | None, keep: int, dtype: str, cach
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """A token of each row and its log-probability, each [rows, 1], by inverse CDF from logits [rows, V]."""
-    probabilities = torch.softmax(logits / temperature, dim=-1)  # [rows, V]: the pi of eq. 1
+    probabilities = torch.softmax(logits / temperature, dim=-1)  # [rows, V]: pi_old of eq. 1
     cdf = probabilities.cumsum(-1)
     # The first token whose cumulated probability exceeds u, scaled to what float32 sums up to. It exceeds, right=True,
     # rather than reaches it, so that u = 0 picks no token of probability 0.
@@ -331,7 +331,7 @@ def generate(
 
 
 def score(rollout: Rollout, tasks: list[dict], cfg: Config) -> list[dict]:
-    """N samples: each completion with its question, what it is worth, and what else is worth knowing of it."""
+    """N samples: each completion with its question, its reward (r of eq. 3), and what else is worth knowing of it."""
     group_size = len(rollout.text) // len(tasks)
     samples = []
     for i, text in enumerate(rollout.text):
@@ -345,7 +345,7 @@ def score(rollout: Rollout, tasks: list[dict], cfg: Config) -> list[dict]:
 
 # ---- The objective: equations 1 to 3 --------------------------------------------------------------------------------
 def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, mask), each [n, T], of the rows' completions under the policy, at the temperature they were
+    """(logp, entropy, mask), each [n, T]: log pi(o_it | q, o_i<t) of the rows' completions at the temperature they were
     sampled with: the distribution that is scored is the one that was sampled. T and P are the rows' own widest."""
     width = int(rollout.lengths[rows].max())
     mask = torch.arange(width, device=rows.device) < rollout.lengths[rows, None]  # [n, T]: from lengths, so EOS counts
@@ -479,12 +479,12 @@ def grpo_loss(
     mask = mask.bool()
     advantages, weights = advantages[:, None], weights[:, None] * mask  # [N, 1], [N, T]
     # Padding is set to ratio 1 before exp: an overflow there times a weight of 0 would still be NaN.
-    ratio = torch.exp((logp - logp_old).masked_fill(~mask, 0.0))  # [N, T]
+    ratio = torch.exp((logp - logp_old).masked_fill(~mask, 0.0))  # [N, T]: pi / pi_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     metrics = {"clip_fraction": ((clipped * advantages < ratio * advantages) & mask).sum()}
     if kl_beta > 0:
-        log_ratio_ref = (logp_ref - logp).masked_fill(~mask, 0.0)
+        log_ratio_ref = (logp_ref - logp).masked_fill(~mask, 0.0)  # log(pi_ref / pi)
         k3 = torch.exp(log_ratio_ref) - log_ratio_ref - 1  # equation 2: unbiased, and never negative
         objective = objective - kl_beta * k3
         metrics["kl"] = k3.detach().sum()
@@ -537,9 +537,9 @@ def update(
             logp, entropy, mask = token_logprobs(policy, rollout, rows, cfg)
             mask = mask if i < own else torch.zeros_like(mask)
             if epoch == 0:
-                logp_old.append(logp.detach())
-            clip = (cfg.clip_low, cfg.clip_high, cfg.kl_beta)
-            loss, metrics = grpo_loss(logp, logp_old[i], logp_ref[i], advantages[rows], mask, weights[rows], *clip)
+                logp_old.append(logp.detach())  # the policy has not moved yet: it is pi_old
+            limits = (cfg.clip_low, cfg.clip_high, cfg.kl_beta)
+            loss, metrics = grpo_loss(logp, logp_old[i], logp_ref[i], advantages[rows], mask, weights[rows], *limits)
             if updates:
                 accelerator.backward(loss * accelerator.num_processes)  # both divide by the number of processes
         sums["clip_fraction"] += metrics["clip_fraction"] / max(1, updates)
@@ -613,9 +613,9 @@ def read_checkpoint(run_dir: str) -> dict:
         raise UsageError(f"--resume {run_dir}: {path} is no checkpoint ({error}); try another run") from error
 
 
-# ---- Main: Algorithm 1 ----------------------------------------------------------------------------------------------
+# ---- Main: Algorithm 1 of DeepSeekMath ------------------------------------------------------------------------------
 def set_up(cfg: Config, accelerator, saved: dict, trains: bool) -> tuple:
-    """(policy, reference, sampler, optimizer) as the saved state has them, or as they are before the first step."""
+    """(pi, pi_ref, pi_old, optimizer), that is policy, reference and sampler, as saved or as before the first step."""
     policy = load_policy(cfg.model, cfg.gradient_checkpointing)
     reference = copy.deepcopy(policy).requires_grad_(False) if trains and cfg.kl_beta > 0 else None
     shared = {id(weight): weight for weight in policy.parameters()} if cfg.dtype == "float32" else {}
