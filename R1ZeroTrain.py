@@ -34,17 +34,18 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 from pickle import UnpicklingError
-from statistics import fmean
 from typing import Annotated, Literal
 
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # once, however many processes there are
     print("loading torch and transformers", flush=True)  # takes seconds, which should not pass in silence
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.utils import fsdp2_prepare_model, gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -52,12 +53,13 @@ from transformers.generation.streamers import TextStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # What goes into a run: questions, models' files, options.
-from prompts import TASKS, UsageError, command_line, encode, ends_when_asked, load_questions, load_tokenizer
-from prompts import model_files, parse, render_prompt, typed
+from prompts import TASKS, UsageError, command_line, encode, ends_when_asked, exit_code, load_questions
+from prompts import load_tokenizer, model_files, parse, render_prompt, typed
 
 # What comes out of it: rewards and other figures, logs, checkpoints.
 from rewards import Log, best_so_far, cut_log, evaluation, extract_answer, format_reward, newest_whole, open_run_dir
-from rewards import printable, progress_bar, save_model, summary, table, trouble, write_card, write_checkpoint
+from rewards import printable, progress_bar, save_model, step_means, summary, table, trouble, write_card
+from rewards import write_checkpoint
 
 # ---- Config: every option, its default and its meaning, once --------------------------------------------------------
 # Types that say which values can work, from the first to the second; 2**20 stands for "as many as you like".
@@ -130,14 +132,22 @@ def make_accelerator(cfg: Config) -> Accelerator:
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if cfg.device not in ("auto", "cpu", best):
         raise UsageError(f"--device {cfg.device}: this machine has {best}; try {best}")
+    if best == "mps" and cfg.device != "cpu" and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(f"--device {cfg.device}: processes can't exchange gradients on MPS; try one, or --device cpu")
     # Processes may differ in how often they call the model: then an exchange of buffers at each call would never end.
     alone = DistributedDataParallelKwargs(broadcast_buffers=False)
     options = {"mixed_precision": "no", "log_with": "wandb" if cfg.wandb else None, "kwargs_handlers": [alone]}
+    if os.environ.get("FSDP_VERSION") == "2":  # set by accelerate launch --use_fsdp --fsdp_version 2
+        # Each process reads all weights, as set_up copies them; layers are gathered in the precision of the computing.
+        plugin = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
+        plugin["mixed_precision_policy"] = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32)
+        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(**plugin)
     accelerator = Accelerator(cpu="cpu" in (cfg.device, best), **options)
     if cfg.questions_per_step % (n := accelerator.num_processes):
         raise UsageError(f"--questions_per_step {cfg.questions_per_step}: not a multiple of {n} processes; try {4 * n}")
-    if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise UsageError(f"{kind} is not supported: each process holds the whole model; try accelerate's MULTI_GPU")
+    kind = "FSDP2" if accelerator.is_fsdp2 else accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise UsageError(f"{kind} is not supported; try accelerate launch --use_fsdp --fsdp_version 2")
     return accelerator
 
 
@@ -172,8 +182,8 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedM
 def refresh(sampler, model, dtype: str) -> None:
     """Gives the sampler the model's weights in the precision of the computing: once here, not once for each token."""
     for weight, master in zip(sampler.parameters(), model.parameters(), strict=True):
-        if weight is not master:  # float32 weights are shared
-            weight.data = master.data.to(getattr(torch, dtype))
+        cast = master.detach().to(getattr(torch, dtype))  # of float32 no copy, so that the weights are shared
+        weight.data = cast.full_tensor() if hasattr(cast, "full_tensor") else cast  # FSDP: gathered from all processes
 
 
 @torch.no_grad()
@@ -240,6 +250,16 @@ def forward(model, ids: Tensor, mask: Tensor | None, keep: int, dtype: str, cach
     return out.hidden_states[-1][:, -keep:] if states else out.logits.float()
 
 
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """A token of each row and its log-probability, each [rows, 1], by inverse CDF from logits [rows, V]."""
+    probabilities = torch.softmax(logits / temperature, dim=-1)  # [rows, V]: the pi of eq. 1
+    cdf = probabilities.cumsum(-1)
+    # The first token whose cumulated probability exceeds u, scaled to what float32 sums up to. It exceeds, right=True,
+    # rather than reaches it, so that u = 0 picks no token of probability 0.
+    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+    return token, probabilities.gather(1, token).log()
+
+
 @torch.no_grad()
 def sample(
     policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, cfg: Config, progress: Callable
@@ -263,14 +283,9 @@ def sample(
     rows = torch.arange(len(ids), device=ids.device)  # which completion each row of the shrinking batch is
     alive = torch.ones_like(rows, dtype=torch.bool)
     for t in range(cfg.max_new_tokens):
-        probabilities = torch.softmax(logits[:, -1] / cfg.temperature, dim=-1)  # [rows, V]: the pi of eq. 1
-        cdf = probabilities.cumsum(-1)
-        # Inverse CDF: the first token whose cumulated probability exceeds u, scaled to what float32 sums up to. It
-        # exceeds, right=True, rather than reaches it, so that u = 0 picks no token of probability 0.
-        token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
-        token = token.clamp(max=cdf.shape[1] - 1)  # [rows, 1]
+        token, logp = draw(logits[:, -1], uniforms[rows, t, None], cfg.temperature)  # [rows, 1] each
         ids[rows, t] = token[:, 0] * alive  # a row that has finished goes on until it leaves the batch
-        logp_sampled[rows, t] = probabilities.gather(1, token)[:, 0].log()
+        logp_sampled[rows, t] = logp[:, 0]
         lengths[rows] += alive
         alive &= ~torch.isin(token[:, 0], eos)
         truncated[rows] = alive
@@ -350,7 +365,8 @@ def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple
     padded = not prompt_mask.all()
     attention = torch.cat([prompt_mask[question], torch.ones_like(mask)[:, 1:]], dim=1) if padded else None
     model = getattr(policy, "module", policy)  # in several processes the policy is wrapped
-    if cfg.gradient_checkpointing:  # without a cache, as a layer that is run again would find its own tokens in it
+    # No cache where a layer that is run again would find its own tokens in it, or where each call exchanges weights.
+    if cfg.gradient_checkpointing or isinstance(model, FSDPModule):
         whole = torch.cat([prompt_ids[question], ids[:, :-1]], dim=1)
         out = forward(policy, whole, attention, width, cfg.dtype, states=model.plain_head)
     else:  # as in sampling, each prompt goes through the model once, and its rows share the cache
@@ -412,7 +428,8 @@ class HeadLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logp: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         states, head, ids, log_sum = ctx.saved_tensors
         scale, dtype = grad_logp[:, None] / ctx.cfg.temperature, getattr(torch, ctx.cfg.dtype)
-        grad_states, grad_head = torch.zeros_like(states), torch.empty_like(head)
+        # In float32 whatever states are, as the many pieces' are added up in it.
+        grad_states, grad_head = torch.zeros_like(states, dtype=torch.float32), torch.empty_like(head)
         for rows, logits, place, here in HeadLogprobs.pieces(states, head, ids, ctx.cfg):
             # d logp / d logits = one-hot - softmax; in place, as each pass over the logits takes its time
             softmax = logits.sub_(log_sum[:, None]).exp_()
@@ -508,28 +525,33 @@ def update(
     weights = weights[accelerator.process_index * len(rollout.lengths) :]  # this process's come first now
     # Without the KL term a group whose rewards are all equal has no gradient, so that its passes can be saved.
     batches = microbatches(rollout, advantages.abs() + cfg.kl_beta > 0, cfg.tokens_per_microbatch)
-    logp_ref: list[Tensor | None] = [None] * len(batches)
+    # FSDP's processes meet in each pass, so that all make as many: the further ones go over a row again, for nothing.
+    own, most = len(batches), max(gather_object([len(batches)]))
+    batches += [batches[-1][-1:]] * (most - own)
+    logp_ref: list[Tensor | None] = [None] * most
     if reference is not None:  # before the policy's passes, whose graphs would take up memory meanwhile
         with torch.no_grad():
             for i, rows in enumerate(batches):
                 logp_ref[i] = token_logprobs(reference, rollout, rows, cfg)[0]
-                progress(f"reference {i + 1} of {len(batches)}", None)
+                progress(f"reference {i + 1} of {most}", None)
     logp_old: list[Tensor] = []
     names = ("tokens", "kl", "entropy", "logp_gap", "clip_fraction")
     sums = {name: torch.zeros((), device=lengths.device) for name in names}
-    skipped, grad_norm, lr = 0, torch.zeros(()), cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
+    skipped, grad_norm, lr = 0, 0.0, cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
     updates = cfg.updates_per_rollout if step < cfg.steps else 0  # the last step only measures
     for epoch, (i, rows) in itertools.product(range(max(1, updates)), enumerate(batches)):
-        last = i + 1 == len(batches)
-        # DDP adds up gradients over processes at the last backward only: their micro-batches may differ in number.
-        with nullcontext() if last else accelerator.no_sync(policy), torch.set_grad_enabled(updates > 0):
+        last = i + 1 == most
+        # DDP adds up gradients over processes at the last backward only; FSDP at each, as no process holds them whole.
+        sync = nullcontext() if last or isinstance(policy, FSDPModule) else accelerator.no_sync(policy)
+        with sync, torch.set_grad_enabled(updates > 0):
             logp, entropy, mask = token_logprobs(policy, rollout, rows, cfg)
+            mask = mask & (i < own)
             if epoch == 0:
                 logp_old.append(logp.detach())
             clip = (cfg.clip_low, cfg.clip_high, cfg.kl_beta)
             loss, metrics = grpo_loss(logp, logp_old[i], logp_ref[i], advantages[rows], mask, weights[rows], *clip)
             if updates:
-                accelerator.backward(loss * accelerator.num_processes)  # DDP divides by the number of processes
+                accelerator.backward(loss * accelerator.num_processes)  # both divide by the number of processes
         sums["clip_fraction"] += metrics["clip_fraction"] / max(1, updates)
         if epoch == 0:  # of the policy that sampled: later updates have moved it
             sums["tokens"] += mask.sum()
@@ -537,17 +559,16 @@ def update(
             sums["entropy"] += (entropy * mask).sum()
             sums["logp_gap"] += ((logp_old[i] - rollout.logp_sampled[rows, : logp.shape[1]]).abs() * mask).sum()
         if updates and last:
-            grad_norm = accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
             optimizer.param_groups[0]["lr"] = lr
-            if grad_norm.isfinite():
+            if isfinite(grad_norm):  # else the update would make all weights NaN
                 optimizer.step()
-            else:  # one such update would make all weights NaN
-                skipped += 1
+            skipped += not isfinite(grad_norm)
             optimizer.zero_grad()
-        progress(f"update {i + 1} of {len(batches)}", None)
+        progress(f"update {i + 1} of {most}", None)
     tokens, *totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
     metrics = {name: total / tokens for name, total in zip(names[1:], totals, strict=True)}
-    metrics |= {"grad_norm": float(grad_norm), "skipped_updates": skipped, "lr": lr if updates else 0.0}
+    metrics |= {"grad_norm": grad_norm, "skipped_updates": skipped, "lr": lr if updates else 0.0}
     return {name: value if isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
 
 
@@ -583,11 +604,14 @@ def ask(policy, tokenizer, task: dict, cfg: Config) -> None:
 
 
 # ---- Files: checkpoint, log, report ---------------------------------------------------------------------------------
-def save_checkpoint(run_dir: Path, step: int, model, optimizer) -> None:
-    """The state after `step` steps. What a step draws follows from seed and step, so no random state is needed."""
-    state = {"policy": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+def save_checkpoint(run_dir: Path, step: int, model, optimizer, writes: bool) -> None:
+    """The state after `step` steps, gathered from all processes and written by one. What a step draws follows from seed
+    and step, so no random state is needed."""
+    policy, adam = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = {"policy": policy, "optimizer": adam, "step": step}
     size = 3 * sum(p.nbytes for p in model.parameters())  # the weights, and Adam's two
-    write_checkpoint(run_dir, step, size, lambda file: torch.save(state, file))
+    if writes:
+        write_checkpoint(run_dir, step, size, lambda file: torch.save(state, file))
 
 
 def read_checkpoint(run_dir: str) -> dict:
@@ -604,16 +628,18 @@ def set_up(cfg: Config, accelerator, saved: dict, trains: bool) -> tuple:
     """(policy, reference, sampler, optimizer) as the saved state has them, or as they are before the first step."""
     policy = load_policy(cfg.model, cfg.gradient_checkpointing)
     reference = copy.deepcopy(policy).requires_grad_(False) if trains and cfg.kl_beta > 0 else None
+    # deepcopy's memo: what is named in it is not copied. refresh fills in the weights.
+    sampler = copy.deepcopy(policy, {id(weight): torch.nn.Parameter(weight.data) for weight in policy.parameters()})
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    if "policy" in saved:
-        policy.load_state_dict(saved["policy"])
-        optimizer.load_state_dict(saved["optimizer"])
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    policy, _ = accelerator.prepare(policy, optimizer)  # its wrapper of the optimizer would do nothing here
     model = accelerator.unwrap_model(policy)
-    shared = {id(weight): weight for weight in model.parameters()} if cfg.dtype == "float32" else {}
-    sampler = copy.deepcopy(model, shared)  # deepcopy's memo: a weight that is named in it is shared, not copied
+    if "policy" in saved:
+        state = {"model_state_dict": saved["policy"], "optim_state_dict": saved["optimizer"]}
+        set_state_dict(model, optimizer, **state, options=StateDictOptions(full_state_dict=True))
     refresh(sampler, model, cfg.dtype)
-    return policy, reference and reference.to(accelerator.device), sampler, optimizer
+    if reference is not None:  # shared out as the policy is, or whole
+        reference = fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2 else reference.to(model.device)
+    return policy, reference, sampler.to(accelerator.device), optimizer
 
 
 def train_step(step: int, policy, reference, sampler, optimizer, tokenizer, tasks, cfg, accelerator, progress) -> tuple:
@@ -626,12 +652,9 @@ def train_step(step: int, policy, reference, sampler, optimizer, tokenizer, task
     advantages = group_advantages(rewards.view(-1, cfg.group_size), cfg.advantage_scale)  # [N]
     metrics = update(policy, reference, optimizer, step, rollout, advantages, cfg, accelerator, progress)
     samples = [sample | {"advantage": a} for sample, a in zip(samples, advantages.tolist(), strict=True)]
-    everywhere, numbers = gather_object(samples), ("reward", "accuracy", "format", "length", "truncated")
-    line = {"step": step} | {name: fmean(sample[name] for sample in everywhere) for name in numbers}
-    groups = [everywhere[i : i + cfg.group_size] for i in range(0, len(everywhere), cfg.group_size)]
-    line["equal_groups"] = fmean(len({sample["reward"] for sample in group}) == 1 for group in groups)
+    means = step_means(gather_object(samples), cfg.group_size)
     speeds = {"completion_tokens_per_second": speed, "seconds": time.perf_counter() - began}
-    return line | metrics | speeds, samples
+    return {"step": step} | means | metrics | speeds, samples
 
 
 def with_less_memory(optimizer, work: Callable, *args, cfg: Config, **more) -> tuple:
@@ -639,7 +662,7 @@ def with_less_memory(optimizer, work: Callable, *args, cfg: Config, **more) -> t
     work, as what is random in it follows from the seed and the questions."""
     halves = {name: max(1, getattr(cfg, name) // 2) for name in ("rollout_rows", "tokens_per_microbatch")}
     stepped = []
-    hook = optimizer.optimizer.register_step_pre_hook(lambda *_: stepped.append(True))  # in accelerate's wrapper
+    hook = optimizer.register_step_pre_hook(lambda *_: stepped.append(True))
     for attempt in (cfg, replace(cfg, **halves)):
         try:
             return work(*args, cfg=attempt, **more)
@@ -692,8 +715,8 @@ def main(cfg: Config) -> None:
         for step in range(start, cfg.steps + 1):  # a line of the log describes the policy after `step` steps
             ends = any(gather_object([bool(asked)]))
             due = ends or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0)
-            if is_main and due and step > start and not metrics.waiting + completions.waiting:
-                save_checkpoint(run_dir, step, model, optimizer)
+            if due and step > start:
+                save_checkpoint(run_dir, step, model, optimizer, is_main and not metrics.waiting + completions.waiting)
             if ends:
                 bar.close()
                 accelerator.end_training()
@@ -701,8 +724,11 @@ def main(cfg: Config) -> None:
             evaluated, shown = {}, []
             if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
                 evaluated, shown = with_less_memory(optimizer, evaluate, sampler, tokenizer, held_out, **shared)
-            if is_main and evaluated and step > 0 and evaluated["eval_pass@1"] > best_so_far(run_dir):
-                save_model(run_dir / "best", model, tokenizer, score=evaluated["eval_pass@1"])
+            if evaluated and step > 0:
+                refresh(sampler, model, "float32")  # what is saved, though not what is computed with
+                if is_main and evaluated["eval_pass@1"] > best_so_far(run_dir):
+                    save_model(run_dir / "best", sampler, tokenizer, score=evaluated["eval_pass@1"])
+                refresh(sampler, model, cfg.dtype)
             first = step * cfg.questions_per_step + share * accelerator.process_index
             tasks = [question_at(i) | {"index": i} for i in range(first, first + share)]
             trained = (step, policy, reference, sampler, optimizer, tokenizer, tasks)
@@ -720,28 +746,19 @@ def main(cfg: Config) -> None:
             bar.set_postfix({k: f"{line[k]:.3g}" for k in ("reward", "length", "kl") if line[k] is not None})
             bar.update(step < cfg.steps)
     bar.close()
+    refresh(sampler, model, "float32")
     accelerator.end_training()
     if is_main:
         for log in (metrics, completions):
             log.close()
-        save_model(run_dir / "model", model, tokenizer, needed=True)
+        save_model(run_dir / "model", sampler, tokenizer, needed=True)
         write_card(command_line(cfg), **vars(cfg) | {"run_dir": run_dir})
         print("\n" + summary(run_dir, cfg.task, cfg.steps))
 
 
 def run(arguments: list[str]) -> int:
     """The way in from the command line; returns the exit code, 2 for an option that can't work."""
-    try:
-        main(parse_config(arguments))
-        return 0
-    except UsageError as error:
-        code, message = 2, "R1ZeroTrain.py: " + printable(" ".join(str(error).split()))  # one line, always
-    except KeyboardInterrupt:
-        code, message = 130, "\nstopped; --resume and the run's directory go on from its checkpoint, if it has one"
-    # Said when main's frames, and the bar with them, are gone; by one process, but for what it may not know.
-    if os.environ.get("RANK", "0") == "0" or "out of memory" in message or "leave room" in message:
-        print(message, file=sys.stderr)
-    return code
+    return exit_code(lambda: main(parse_config(arguments)))
 
 
 if __name__ == "__main__":

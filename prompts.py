@@ -553,6 +553,21 @@ def ends_when_asked() -> Iterator[list]:
             signal.signal(number, handler)
 
 
+def exit_code(work: Callable[[], None]) -> int:
+    """Does the work of a command; returns its exit code, 2 for an option that can't work. Errors are one line."""
+    try:
+        work()
+        return 0
+    except UsageError as error:
+        code, message = 2, "R1ZeroTrain.py: " + printable(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        code, message = 130, "\nstopped; --resume and the run's directory go on from its checkpoint, if it has one"
+    # Said when the frames of the work, and its bar with them, are gone; by one process, but for what it may not know.
+    if os.environ.get("RANK", "0") == "0" or "out of memory" in message or "leave room" in message:
+        print(message, file=sys.stderr)
+    return code
+
+
 def _read_config(kind: type, run_dir: str) -> dict:
     try:
         saved = json.loads((Path(run_dir) / "config.json").read_text())

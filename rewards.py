@@ -28,6 +28,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import BinaryIO
 
 MAX_ANSWER_CHARS = 1000  # a longer answer is not graded
@@ -549,6 +550,14 @@ def majority(answers: list[str | None], correct: list[float]) -> float:
         return 0.0
     winner, _ = votes.most_common(1)[0]  # which keeps the order of first appearance among equals
     return correct[answers.index(winner)]
+
+
+def step_means(samples: list[dict], group_size: int) -> dict[str, float]:
+    """What is reported of a step's samples, those of a question side by side: means, and the share of equal groups."""
+    names = ("reward", "accuracy", "format", "length", "truncated")
+    means = {name: fmean(sample[name] for sample in samples) for name in names}
+    groups = [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
+    return means | {"equal_groups": fmean(len({sample["reward"] for sample in group}) == 1 for group in groups)}
 
 
 def evaluation(questions: list[list[dict]]) -> dict[str, float | tuple[float, float]]:

@@ -97,7 +97,7 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_model(kind: type[PretrainedConfig], folder: Path) -> Path:
+def save_model(kind: type[PretrainedConfig], folder: Path, **options: object) -> Path:
     """A random model of 2 layers and width 32, saved with its tokenizer as any hub model is."""
     torch.manual_seed(0)
     tokenizer = byte_level_tokenizer()
@@ -114,6 +114,7 @@ def save_model(kind: type[PretrainedConfig], folder: Path) -> Path:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -332,7 +332,7 @@ def test_a_recipe_overrides_the_defaults_and_the_command_line_overrides_the_reci
 def test_resume_takes_the_options_of_the_run_and_the_command_line_overrides_them(tmp_path: Path) -> None:
     saved = dataclasses.replace(Config(), recipe="mac", lr=0.25, steps=9, operand_range=[2, 8], run_dir="elsewhere")
     policy = torch.nn.Linear(1, 1)
-    R1ZeroTrain.save_checkpoint(tmp_path, 9, policy, torch.optim.AdamW(policy.parameters()))
+    R1ZeroTrain.save_checkpoint(tmp_path, 9, policy, torch.optim.AdamW(policy.parameters()), True)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(saved)))
     here = {"run_dir": str(tmp_path), "resume": str(tmp_path)}
     assert parse_config(["--resume", str(tmp_path)]) == dataclasses.replace(saved, **here)

@@ -369,7 +369,7 @@ def test_two_dashes_are_no_value(line: list[str]) -> None:
 def run_dir(tmp_path: Path) -> Path:
     """A run that has been saved after step 9."""
     policy = torch.nn.Linear(1, 1)
-    R1ZeroTrain.save_checkpoint(tmp_path, 9, policy, torch.optim.AdamW(policy.parameters()))
+    R1ZeroTrain.save_checkpoint(tmp_path, 9, policy, torch.optim.AdamW(policy.parameters()), True)
     (tmp_path / "config.json").write_text(json.dumps(FIELDS))
     return tmp_path
 
