@@ -511,7 +511,7 @@ def update(
 ) -> dict[str, float]:
     """mu optimizer steps on one rollout, none at step cfg.steps. Returns means over the tokens that went through it.
 
-    In the first, logp_old is logp, so that ratio is 1 and the loss 0 but for the KL: its gradient is what matters.
+    In the first, logp_old is logp and the ratio 1, whatever is learned: of the loss the gradient is what matters.
     """
     lengths = accelerator.gather(rollout.lengths)  # the normalisers are global: rows of all processes
     weights = token_weights(lengths, cfg.loss, cfg.max_new_tokens)  # [N of all processes]

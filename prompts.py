@@ -448,27 +448,27 @@ def _task(name: str) -> Task:
 
 LARGE_MODEL = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50"
 # What --help says of a recipe, and the options that it stands for. Computed memory: 20 bytes for each parameter (its
-# weight, gradient, two of Adam's, the reference's), and the activations and logits of a micro-batch.
+# weight, gradient, two of Adam's, the reference's), 2 for a sampler in bfloat16, and what autograd keeps of a micro-batch.
 RECIPES = {
     "tiny": ("R1-Zero in miniature, nothing downloaded; 1.5 GB, measured", ""),
     "tinyzero": (
-        "Qwen2.5-3B on Countdown, as in TinyZero; about 80 GB, computed",
+        "Qwen2.5-3B on Countdown, as in TinyZero; about 81 GB, 69 with --gradient_checkpointing, computed",
         f"{LARGE_MODEL} --model Qwen/Qwen2.5-3B --template base --dataset Jiayi-Pan/Countdown-Tasks-3to4 --steps 1000 "
         "--questions_per_step 64 --group_size 8 --max_new_tokens 1024 --rollout_rows 64 --eval_questions 1024",
     ),
     "gsm8k": (
-        "Qwen2.5-1.5B-Instruct on GSM8K; about 45 GB, computed",
+        "Qwen2.5-1.5B-Instruct on GSM8K; about 42 GB, computed",
         f"{LARGE_MODEL} --model Qwen/Qwen2.5-1.5B-Instruct --task gsm8k --steps 500 --questions_per_step 8 "
         "--group_size 8 --max_new_tokens 512 --rollout_rows 64 --eval_questions 256",
     ),
     "mac": (
-        "Qwen2.5-0.5B-Instruct on GSM8K, on a Mac; about 13 GB, computed",
+        "Qwen2.5-0.5B-Instruct on GSM8K, on a Mac; about 11 GB, computed",
         f"{LARGE_MODEL} --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --steps 300 --questions_per_step 4 "
         "--group_size 8 --max_new_tokens 300 --rollout_rows 32 --tokens_per_microbatch 512 --dtype float32 "
         "--eval_questions 128",
     ),
     "deepscaler": (
-        "R1-Distill-Qwen-1.5B on competition maths; about 90 GB, computed",
+        "R1-Distill-Qwen-1.5B on competition maths; about 75 GB, computed",
         f"{LARGE_MODEL} --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --task math --steps 1040 --temperature 0.6 "
         "--questions_per_step 128 --group_size 8 --max_new_tokens 8192 --rollout_rows 16 "
         "--tokens_per_microbatch 8192 --eval_dataset HuggingFaceH4/aime_2024 --eval_samples 16",
