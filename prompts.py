@@ -448,7 +448,7 @@ def _task(name: str) -> Task:
 
 LARGE_MODEL = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50"
 # What --help says of a recipe, and the options that it stands for. Computed memory: 20 bytes for each parameter (its
-# weight, gradient, two of Adam's, the reference's), 2 for a sampler in bfloat16, and what autograd keeps of a micro-batch.
+# weight, gradient, Adam's two, the reference's), 2 for a bfloat16 sampler, and what autograd keeps of a micro-batch.
 RECIPES = {
     "tiny": ("R1-Zero in miniature, nothing downloaded; 1.5 GB, measured", ""),
     "tinyzero": (
