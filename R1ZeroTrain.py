@@ -128,7 +128,7 @@ parse_config = partial(parse, Config)  # the words of a command line -> Config
 # ---- Device, randomness, policy -------------------------------------------------------------------------------------
 def make_accelerator(cfg: Config) -> Accelerator:
     """One process or many, on CUDA, else MPS, else CPU; lower precision is autocast's job, in `forward`."""
-    mps = torch.backends.mps.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"  # which can't carry gradients
+    mps = torch.backends.mps.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"  # gloo can't send from it
     best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if cfg.device not in ("auto", "cpu", best):
         raise UsageError(f"--device {cfg.device}: this machine has {best}; try {best}")
