@@ -721,17 +721,16 @@ def main(cfg: Config) -> None:
                 return accelerator.print(f"\nTo go on: uv run R1ZeroTrain.py --resume {run_dir}")
             evaluated, shown = {}, []
             if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
-                evaluated, shown = with_less_memory(optimizer, evaluate, sampler, tokenizer, held_out, **shared)
-            if evaluated and step > 0:
-                refresh(sampler, model, "float32")  # what is saved, though not what is computed with
-                if is_main and evaluated["eval_pass@1"] > best_so_far(run_dir):
-                    save_model(run_dir / "best", sampler, tokenizer, score=evaluated["eval_pass@1"])
                 refresh(sampler, model, cfg.dtype)
+                evaluated, shown = with_less_memory(optimizer, evaluate, sampler, tokenizer, held_out, **shared)
+                refresh(sampler, model, "float32")  # to be saved
+            if is_main and evaluated and step > 0 and evaluated["eval_pass@1"] > best_so_far(run_dir):
+                save_model(run_dir / "best", sampler, tokenizer, score=evaluated["eval_pass@1"])
+            refresh(sampler, model, cfg.dtype)
             first = step * cfg.questions_per_step + share * accelerator.process_index
             tasks = [question_at(i) | {"index": i} for i in range(first, first + share)]
             trained = (step, policy, reference, sampler, optimizer, tokenizer, tasks)
             line, samples = with_less_memory(optimizer, train_step, *trained, **shared)
-            refresh(sampler, model, cfg.dtype)
             if accelerator.device.type == "mps":
                 torch.mps.empty_cache()  # its allocator keeps a buffer for each shape that it has met
             lines.append(line | evaluated)
