@@ -270,23 +270,27 @@ COMPARED = {
     "1.5B": "Qwen/Qwen2.5-1.5B-Instruct",
     "7B": "Qwen2.5-7B",
 }
-# How often what a device lacks of all weights, or gradients, goes through it: (n-1)/n · 4 bytes a parameter each.
-DDP_STEP = 2  # an all-reduce is a reduce-scatter and an all-gather
-FSDP_MICROBATCH = 3  # weights gathered in the forward pass and in the backward pass, gradients scattered
-FSDP_STEP = 1  # weights gathered for the sampler
 NVLINK, ETHERNET = 300e9, 25e9 / 8  # bytes/s
 
 
 def communication_rows() -> list[str]:
+    """Bytes that each of 8 devices sends, and seconds: of 8 on NVLink, of 16 in two machines on Ethernet."""
     found = []
     for label, name in COMPARED.items():
-        one, two = (4 * parameters(name) * (n - 1) / n for n in (8, 16))
+        width, *_, vocabulary, _ = SHAPES[name]
+        every, head = parameters(name), width * vocabulary + width  # the head and its norm are gathered once, and kept
+        sizes = {
+            "DDP": 2 * 4 * every,  # float32 gradients are scattered and gathered
+            "sampler": 2 * every,  # bfloat16
+            "policy": 2 * every + 2 * (every - head) + 4 * every,  # forward, backward, float32 gradients
+            "reference": 2 * (every - head),
+        }
 
-        def cell(times: int, one: float = one, two: float = two) -> str:
-            return f"{times * one / 1e9:.1f} GB: {times * one / NVLINK:.2f} s, {times * two / ETHERNET:.1f} s"
+        def cell(size: int) -> str:
+            eight, sixteen = size * 7 / 8, size * 15 / 16
+            return f"{eight / 1e9:.1f} GB: {eight / NVLINK:.2f} s, {sixteen / ETHERNET:.1f} s"
 
-        about = f"{label}, {parameters(name) / 1e6:,.0f} M"
-        found.append(row(about, cell(DDP_STEP), cell(FSDP_STEP), cell(FSDP_MICROBATCH)))
+        found.append(row(f"{label}, {every / 1e6:,.0f} M", *map(cell, sizes.values())))
     return found
 
 
