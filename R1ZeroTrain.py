@@ -521,8 +521,7 @@ def update(
     # FSDP's processes meet in each pass, so that all make as many: the further ones go over a row again, for nothing.
     own, most = len(batches), max(gather_object([len(batches)]))
     batches += [batches[-1][-1:]] * (most - own)
-    logp_old: list[Tensor] = []
-    logp_ref: list[Tensor | None] = []
+    logp_old, logp_ref = [], []  # of each micro-batch
     names = ("tokens", "kl", "entropy", "logp_gap", "clip_fraction")
     sums = {name: torch.zeros((), device=lengths.device) for name in names}
     skipped, grad_norm, lr = 0, 0.0, cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
@@ -595,8 +594,7 @@ def ask(policy, tokenizer, task: dict, cfg: Config) -> None:
 
 # ---- Files: checkpoint, log, report ---------------------------------------------------------------------------------
 def save_checkpoint(run_dir: Path, step: int, model, optimizer, writes: bool) -> None:
-    """The state after `step` steps, gathered from all processes and written by one. What a step draws follows from seed
-    and step, so no random state is needed."""
+    """The state after `step` steps, gathered from all processes, written by one. A step needs no random state."""
     policy, adam = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     state = {"policy": policy, "optimizer": adam, "step": step}
     size = 3 * sum(p.nbytes for p in model.parameters())  # the weights, and Adam's two
@@ -625,7 +623,10 @@ def set_up(cfg: Config, accelerator, saved: dict, trains: bool) -> tuple:
     model = accelerator.unwrap_model(policy)
     if "policy" in saved:
         state = {"model_state_dict": saved["policy"], "optim_state_dict": saved["optimizer"]}
-        set_state_dict(model, optimizer, **state, options=StateDictOptions(full_state_dict=True))
+        try:
+            set_state_dict(model, optimizer, **state, options=StateDictOptions(full_state_dict=True))
+        except (KeyError, RuntimeError) as error:
+            raise UsageError(f"--resume {cfg.resume}: is not a run of {cfg.model} ({error}); try another") from error
     refresh(sampler.to(accelerator.device), model, cfg.dtype)
     if reference is not None:  # shared out as the policy is, or whole
         reference = fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2 else reference.to(model.device)
@@ -648,8 +649,7 @@ def train_step(step: int, policy, reference, sampler, optimizer, tokenizer, task
 
 
 def with_less_memory(optimizer, work: Callable, *args, cfg: Config, **more) -> tuple:
-    """work(...); if the GPU's memory is too small for it, once more with half the rows and tokens at a time: the same
-    work, as what is random in it follows from the seed and the questions."""
+    """work(...); if the GPU's memory is too small, the same once more with half the rows and tokens at a time."""
     halves = {name: max(1, getattr(cfg, name) // 2) for name in ("rollout_rows", "tokens_per_microbatch")}
     stepped = []
     hook = optimizer.register_step_pre_hook(lambda *_: stepped.append(True))

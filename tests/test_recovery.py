@@ -323,6 +323,21 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_not_run(
         assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("part", ["weights", "names", "states"])
+def test_a_checkpoint_of_another_model_is_refused(part: str, stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = rewards.newest_whole(stopped / "checkpoint")
+    saved = torch.load(old, weights_only=True)
+    if part == "weights":
+        saved["policy"]["lm_head.weight"] = saved["policy"]["lm_head.weight"][:-1]
+    elif part == "names":
+        saved["policy"] = {f"gpt.{name}": weight for name, weight in saved["policy"].items()}
+    else:  # as torch's optimizer numbers them
+        saved["optimizer"]["state"] = dict(enumerate(saved["optimizer"]["state"].values()))
+    old.unlink()
+    rewards.write_whole(stopped / "checkpoint/00000005-{sha256}.pt", lambda file: torch.save(saved, file))
+    assert "is not a run of" in (said := refusal(stopped, capsys)) and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
 def test_a_damaged_log_is_refused_by_name(stopped: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     log = stopped / name
