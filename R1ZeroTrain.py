@@ -1,6 +1,6 @@
 """R1-Zero in one file: a base model learns to reason from rule-based rewards alone, by GRPO (arXiv 2501.12948).
 
-    The algorithm, each step                                       where (2 to 6 are called by train_step)
+    The algorithm, each step                                       where (2 to 6 in train_step)
     1. draw Q questions                                            question_at, in main
     2. sample G completions of each from the policy                generate
     3. reward each completion: is the answer right, the form kept  score
@@ -317,8 +317,8 @@ def generate(
     eos = torch.tensor(sorted(ends), device=device)
     parts = []
     for chunk in torch.arange(len(tasks)).split(max(1, cfg.rollout_rows // group_size)):
-        draws = [seeded(cfg.seed, stream, tasks[q]["index"]) for q in chunk.tolist()]
-        uniforms = torch.cat([torch.rand(group_size, cfg.max_new_tokens, generator=draw) for draw in draws])
+        sources = [seeded(cfg.seed, stream, tasks[q]["index"]) for q in chunk.tolist()]
+        uniforms = torch.cat([torch.rand(group_size, cfg.max_new_tokens, generator=source) for source in sources])
         for piece in uniforms.to(device).split(cfg.rollout_rows):  # several, where a group is larger
             parts.append(sample(policy, prompt_ids[chunk], prompt_mask[chunk], piece, eos, cfg, progress))
     ids, logp_sampled, lengths, truncated = (torch.cat(part) for part in zip(*parts, strict=True))

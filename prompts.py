@@ -632,15 +632,7 @@ def load_questions(
     evaluated = frozenset(test.keys.values()) if test else frozenset()
     if train:
         return _passes(spec, _without(train, evaluated, dataset), seed), held_out
-    _draw(task, random.Random(seed), False, options, evaluated)  # raises here, not in the middle of training
-
-    def question_at(i: int) -> dict:
-        question = _draw(task, random.Random(f"{seed}/{i}"), False, options, evaluated)
-        if reason := too_long(question["question"]):
-            raise UsageError(f"--task {task}: a question {reason}; try a smaller --max_new_tokens")
-        return question
-
-    return question_at, held_out
+    return _generate_training(task, seed, options, evaluated, too_long), held_out
 
 
 def _asked(task: str, text: str, too_long: Callable) -> dict:
@@ -685,6 +677,20 @@ def _generate_held_out(task: str, count: int, options: dict, too_long: Callable)
         if reason := too_long(question["question"]):
             raise UsageError(f"--task {task}: held-out question {number} {reason}; try a smaller --max_new_tokens")
     return list(found.values())
+
+
+def _generate_training(
+    task: str, seed: int, options: dict, evaluated: frozenset, too_long: Callable
+) -> Callable[[int], dict]:
+    _draw(task, random.Random(seed), False, options, evaluated)  # raises here, not in the middle of training
+
+    def question_at(i: int) -> dict:
+        question = _draw(task, random.Random(f"{seed}/{i}"), False, options, evaluated)
+        if reason := too_long(question["question"]):
+            raise UsageError(f"--task {task}: a question {reason}; try a smaller --max_new_tokens")
+        return question
+
+    return question_at
 
 
 def _length_check(tokenizer, template: str, max_new_tokens: int) -> Callable[[str], str]:
