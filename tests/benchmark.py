@@ -4,7 +4,7 @@
     uv run --with trl tests/benchmark.py --only narrow --steps 3
     python3 tests/benchmark.py --device cuda --dtype bfloat16 --shape 0.5b
     python3 tests/benchmark.py --model runs/mine/model --questions 4 --group 8 --prompt_tokens 200 --new_tokens 300
-    python3 tests/benchmark.py --flatness                    # does time per token, or memory, grow with the size?
+    python3 tests/benchmark.py --flatness                    # what grows with the number of tokens, or of rows?
 
 Two random models in Qwen2's shape, nothing downloaded: `narrow` (0.9 M parameters, where calls cost more than sums)
 and `wide` (43 M, nearly all of them in a vocabulary of 151,936). Both trainers get the same weights, prompts, reward,
@@ -212,7 +212,21 @@ def ours(work: Work, wait: Callable, tell: Callable, with_update: bool = True) -
 
 
 def sampling_only(work: Work, wait: Callable, tell: Callable) -> None:
-    ours(work, wait, tell, with_update=False)
+    """Times attention besides, which must grow with what there is to attend to, as nothing else may."""
+    attention, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def timed(*args, **kwargs):
+        began = clock(work)
+        result = attention(*args, **kwargs)
+        calls.append(clock(work) - began)
+        return result
+
+    def tell_both(figures: dict) -> None:
+        tell(figures | {"attention": sum(calls)})
+        calls.clear()
+
+    torch.nn.functional.scaled_dot_product_attention = timed
+    ours(work, wait, tell_both, with_update=False)
 
 
 def update_only(work: Work, wait: Callable, tell: Callable) -> None:
@@ -434,13 +448,17 @@ def print_table(work: Work, result: dict) -> None:
 def flatness(work: Work) -> dict:
     """Sampling time per token as completions get longer, and the update's memory as there are more of them."""
     sampling, memory = {}, {}
-    print(f"{work.name}, {work.rows} rows: sampling, medians of {work.steps}\n  new tokens   ms/token  of the first")
-    for new_tokens in (64, 128, 256, 512, 1024):
-        with ExitStack() as stack:
-            worker = Worker(stack, "sampling_only", replace(work, new_tokens=new_tokens))
-            seconds = [worker()["sampling"] for _ in range(work.steps + 1)][1:]  # the first is to warm up
-        sampling[new_tokens] = 1000 * median(seconds) / new_tokens
-        print(f"{new_tokens:>12}{sampling[new_tokens]:>11.3f}{sampling[new_tokens] / sampling[64]:>13.2f}x", flush=True)
+    print(f"{work.name}, {work.rows} rows: ms of sampling per token, medians of {work.steps}")
+    print("  new tokens    whole  attention  all else  of the first")
+    with ExitStack() as stack:
+        sizes = (64, 128, 256, 512, 1024)
+        workers = [Worker(stack, "sampling_only", replace(work, new_tokens=size)) for size in sizes]
+        rounds = [[worker() for worker in workers] for _ in range(work.steps + 1)][1:]  # the first is to warm up
+    for size, steps in zip(sizes, zip(*rounds, strict=True), strict=True):
+        each = [(f["sampling"], f["attention"], f["sampling"] - f["attention"]) for f in steps]
+        f = [1000 * median(parts) / size for parts in zip(*each, strict=True)]
+        sampling[size] = dict(zip(("whole", "attention", "rest"), f, strict=True))
+        print(f"{size:>12}{f[0]:>9.2f}{f[1]:>11.2f}{f[2]:>10.2f}{f[2] / sampling[64]['rest']:>13.2f}x")
     print("\nupdate, each in a process of its own\n        rows    GB before  peak GB  of the first    seconds")
     for rows in (64, 128, 256, 512):
         with ExitStack() as stack:

@@ -408,10 +408,11 @@ RUN_ELSEWHERE = {
     "uv run torchrun --nproc_per_node 2 R1ZeroTrain.py --device cpu": "test_processes_train_as_one_does",
     REWRITE: "test_rewriting_changes_nothing_that_is_true",
 }
-PARSED = [  # they need the hub, GPUs or TRL
+PARSED = [  # they need the hub, GPUs, TRL or minutes
     *(command for command in commands() if script_words(command) and command not in [*RUN_HERE, *RUN_ELSEWHERE]),
     *(command for command in commands() if command.startswith("uv run accelerate launch ")),
     "uv run --with trl tests/benchmark.py",
+    "uv run tests/benchmark.py --flatness",
     "uv run tests/benchmark.py --device cuda --shape 0.5b --dtype bfloat16",
     "uv run tests/benchmark.py --device mps --shape 0.5b --questions 4 --new_tokens 300 --tokens_per_microbatch 512",
 ]
@@ -522,12 +523,12 @@ def test_launch_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_benchmarks_options_exist() -> None:
     shown = subprocess.run([sys.executable, "tests/benchmark.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    offered = dict(re.findall(r"(--\w+)(?: \{(.*?)\})?", shown.stdout))
+    offered = dict(re.findall(r"\[(--\w+) ?(.*?)\]", shown.stdout))
     for command in PARSED:
-        if command.endswith("tests/benchmark.py") or " tests/benchmark.py " in command:
-            words = shlex.split(command.partition("tests/benchmark.py")[2])
-            for option, value in zip(words[::2], words[1::2], strict=True):
-                assert value in offered[option].split(",") or (not offered[option] and value.isdigit()), option
+        if "tests/benchmark.py" in command:
+            for option, value in re.findall(r"(--\w+) ?([^-\s]\S*)?", command.partition("tests/benchmark.py")[2]):
+                kind = offered[option]  # "" of a flag, {a,b} of choices, else a name
+                assert value in kind.strip("{}").split(",") or (kind.isupper() and value.isdigit()), option
 
 
 def test_options_named_in_the_text_exist() -> None:
