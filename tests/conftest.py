@@ -1,9 +1,17 @@
 """What all tests share: no network, and model folders small enough to be trained in a second."""
 
+import atexit
 import os
+import shutil
+import sys
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it comes before the imports below
 os.environ.pop("WANDB_MODE", None)
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # or each Python that a test starts would compile torch for 6 s
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
+    sys.dont_write_bytecode = False
 
 import ipaddress
 import json
