@@ -133,7 +133,7 @@ def start(
 def finish(processes: list[multiprocessing.Process], output: Path, code: int = 0) -> None:
     try:
         for rank, process in enumerate(processes):
-            process.join(60)
+            process.join(180)  # torch may have to be read from a cold disk first
             assert process.exitcode == code, output.with_name(f"output-{rank}").read_text()[-3000:]
     finally:
         for process in processes:
