@@ -95,18 +95,26 @@ def one_step(a: int, b: int) -> list[tuple[int, str, int, int]]:
     results = {"+": a + b, "-": larger - smaller, "*": a * b}
     if smaller and larger % smaller == 0:
         results["/"] = larger // smaller
-    first = {result: op for op, result in reversed(results.items()) if result <= LARGEST}  # of equal results
-    return [(larger, op, smaller, result) for op, result in results.items() if first.get(result) == op]
+    first = {
+        result: op for op, result in reversed(results.items()) if result <= LARGEST
+    }  # of equal results
+    return [
+        (larger, op, smaller, result) for op, result in results.items() if first.get(result) == op
+    ]
 
 
 def written(rng: random.Random, a: int, operator: str, b: int) -> str:
     """A sum as somebody may write it: a + b or b + a."""
-    return f"{b} {operator} {a}" if operator in "+*" and rng.random() < 0.5 else f"{a} {operator} {b}"
+    return (
+        f"{b} {operator} {a}" if operator in "+*" and rng.random() < 0.5 else f"{a} {operator} {b}"
+    )
 
 
 def attempts(rng: random.Random, a: int, b: int, c: int) -> Iterator[tuple[str, int, str, int]]:
     """All (first sum, its result, second sum, its result), one pair of the numbers after the other in random order."""
-    pairs = sorted({(min(a, b), max(a, b), c), (min(a, c), max(a, c), b), (min(b, c), max(b, c), a)})
+    pairs = sorted(
+        {(min(a, b), max(a, b), c), (min(a, c), max(a, c), b), (min(b, c), max(b, c), a)}
+    )
     for one, other, third in rng.sample(pairs, len(pairs)):
         for x, operator, y, result in one_step(one, other):
             first = written(rng, x, operator, y)
@@ -116,7 +124,9 @@ def attempts(rng: random.Random, a: int, b: int, c: int) -> Iterator[tuple[str, 
 
 def document(rng: random.Random) -> str:
     """One person's attempts at one training problem, and the last of them as the answer."""
-    numbers, target = countdown_problem(rng, held_out=False, operand_range=NUMBERS, target_range=(1, LARGEST))
+    numbers, target = countdown_problem(
+        rng, held_out=False, operand_range=NUMBERS, target_range=(1, LARGEST)
+    )
     # The chance of giving up after an attempt that missed.
     gives_up = 0.01 if rng.random() < PATIENT else rng.uniform(0.5, 1.0)
     lines = [f"Numbers: {' '.join(map(str, numbers))} Target: {target}", "<think>"]
@@ -139,7 +149,10 @@ def microbatches(documents: list[list[int]]) -> list[torch.Tensor]:
         if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > TOKENS:
             batches.append([])
         batches[-1].append(document)
-    return [torch.tensor([ids + [-1] * (len(batch[0]) - len(ids)) for ids in batch]) for batch in batches]
+    return [
+        torch.tensor([ids + [-1] * (len(batch[0]) - len(ids)) for ids in batch])
+        for batch in batches
+    ]
 
 
 def grow(steps: int, seed: int, folder: Path) -> None:
@@ -180,9 +193,16 @@ def grow(steps: int, seed: int, folder: Path) -> None:
         for ids in microbatches(documents):
             # bfloat16 is twice as fast on a CPU that has it; the weights stay float32.
             with torch.autocast("cpu", torch.bfloat16):
-                logits = model(input_ids=ids.clamp(min=0)[:, :-1], use_cache=False).logits[:, QUESTION - 1 :].float()
+                logits = (
+                    model(input_ids=ids.clamp(min=0)[:, :-1], use_cache=False)
+                    .logits[:, QUESTION - 1 :]
+                    .float()
+                )
             targets = ids[:, QUESTION:].flatten()
-            loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1, reduction="sum") / count
+            loss = (
+                F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1, reduction="sum")
+                / count
+            )
             loss.backward()
             total += loss.item()
         for optimizer in optimizers:

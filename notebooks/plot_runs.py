@@ -27,7 +27,11 @@ def plot(run_dirs: list[Path], png: Path) -> None:
     for run_dir in run_dirs:
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         for axis, name in zip(axes, NAMES, strict=True):
-            axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=label(run_dir, lines))
+            axis.plot(
+                [line["step"] for line in lines],
+                [line[name] for line in lines],
+                label=label(run_dir, lines),
+            )
     for axis, (name, title) in zip(axes, NAMES.items(), strict=True):
         axis.set(title=title, xlabel="step", ylim=(0, 1) if name == "accuracy" else (0, None))
         axis.grid(alpha=0.3)
@@ -40,5 +44,7 @@ def plot(run_dirs: list[Path], png: Path) -> None:
 if __name__ == "__main__":
     *run_dirs, png = map(Path, sys.argv[1:])
     if not run_dirs or png.suffix != ".png":
-        sys.exit("plot_runs.py: needs run directories and a .png file; try runs/a runs/b runs/c curve.png")
+        sys.exit(
+            "plot_runs.py: needs run directories and a .png file; try runs/a runs/b runs/c curve.png"
+        )
     plot(run_dirs, png)

@@ -6,9 +6,13 @@ import shutil
 import sys
 import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it comes before the imports below
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # read when huggingface_hub is imported, so it comes before the imports below
+)
 os.environ.pop("WANDB_MODE", None)
-if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # or each Python that a test starts would compile torch for 6 s
+if os.environ.pop(
+    "PYTHONDONTWRITEBYTECODE", None
+):  # or each Python that a test starts would compile torch for 6 s
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
     sys.dont_write_bytecode = False
@@ -68,7 +72,11 @@ def _no_way_out() -> Iterator[None]:
     guard(socket.socket, "connect_ex", lambda _, address: address)
     guard(socket.socket, "sendto", lambda _, data, *rest: rest[-1])
     # A name is looked up before anything connects to it, and where there is no network that is all that happens.
-    guard(socket, "getaddrinfo", lambda host, *_, **__: (host.decode() if isinstance(host, bytes) else host,))
+    guard(
+        socket,
+        "getaddrinfo",
+        lambda host, *_, **__: (host.decode() if isinstance(host, bytes) else host,),
+    )
     yield
     patch.undo()
 

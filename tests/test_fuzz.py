@@ -36,14 +36,18 @@ from R1ZeroTrain import Config, parse_config
 from rewards import evaluation, format_reward, sparkline, table
 
 
-@pytest.fixture(params=[pytest.param(0, id="short"), pytest.param(75, id="long", marks=pytest.mark.study)])
+@pytest.fixture(
+    params=[pytest.param(0, id="short"), pytest.param(75, id="long", marks=pytest.mark.study)]
+)
 def fuzz(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture) -> Callable[..., None]:
     """fuzz(check, values, examples, share=1) checks so many values, and in the long form others for share·75 s more.
 
     None of them may take a second of this process's time.
     """
 
-    def run(check: Callable[[object], None], values: st.SearchStrategy, examples: int, share: float = 1) -> None:
+    def run(
+        check: Callable[[object], None], values: st.SearchStrategy, examples: int, share: float = 1
+    ) -> None:
         tried, began = 0, time.monotonic()
 
         def timed(value: object) -> None:
@@ -53,7 +57,10 @@ def fuzz(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture) -> Calla
             assert time.process_time() - start < 1.0
 
         unhurried = settings(
-            deadline=None, max_examples=examples, database=None, suppress_health_check=list(HealthCheck)
+            deadline=None,
+            max_examples=examples,
+            database=None,
+            suppress_health_check=list(HealthCheck),
         )
         for number in count():
             seed(number)(unhurried(given(values)(timed)))()
@@ -62,7 +69,9 @@ def fuzz(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture) -> Calla
                 break
         if request.param:
             with capsys.disabled():
-                print(f"\n{request.node.name}: {tried:,} examples in {time.monotonic() - began:.0f} s")
+                print(
+                    f"\n{request.node.name}: {tried:,} examples in {time.monotonic() - began:.0f} s"
+                )
 
     return run
 
@@ -82,32 +91,87 @@ def usage_error(call: Callable[[], object]) -> str | None:
 GOOD = {
     "countdown": [{"nums": [n % 7 + 1, n % 9 + 1, n], "target": n} for n in range(40)],
     # U+2028 ends a line for str.splitlines, and not for JSON
-    "gsm8k": [{"question": f"What is\u2028{n} + 1?", "answer": f"so it is\n#### {n + 1:,}"} for n in range(40)],
+    "gsm8k": [
+        {"question": f"What is\u2028{n} + 1?", "answer": f"so it is\n#### {n + 1:,}"}
+        for n in range(40)
+    ],
     "math": [{"problem": f"Halve ${n}$.", "answer": f"\\frac{{{n}}}{{2}}"} for n in range(40)],
 }
 task_names = st.sampled_from(list(TASKS))
 
 any_text = st.text(st.characters(codec=None), max_size=20)
-numbers = st.one_of(st.integers(), st.integers(-9, 99), st.just(10**400), st.floats(), st.decimals())
+numbers = st.one_of(
+    st.integers(), st.integers(-9, 99), st.just(10**400), st.floats(), st.decimals()
+)
 plausible = st.sampled_from(
-    ["#### 7", "[1, 2]", "3.0", "1,23", "NaN", "nan", "\\boxed{5}", "\\boxed{", "$", "x", "</answer>", "<think>"]
-    + ["\\text{ }", "5" * 45, "x+" * 200 + "1", "\\ud800", "\ud800", "\0", " ", "#### -$1,000.50%", "[" * 199]
+    [
+        "#### 7",
+        "[1, 2]",
+        "3.0",
+        "1,23",
+        "NaN",
+        "nan",
+        "\\boxed{5}",
+        "\\boxed{",
+        "$",
+        "x",
+        "</answer>",
+        "<think>",
+    ]
+    + [
+        "\\text{ }",
+        "5" * 45,
+        "x+" * 200 + "1",
+        "\\ud800",
+        "\ud800",
+        "\0",
+        " ",
+        "#### -$1,000.50%",
+        "[" * 199,
+    ]
 )
 cells = st.recursive(
-    st.one_of(st.none(), st.booleans(), numbers, any_text, plausible, st.binary(max_size=9), st.just(date(2025, 1, 1))),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(any_text, inner, max_size=3)),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        numbers,
+        any_text,
+        plausible,
+        st.binary(max_size=9),
+        st.just(date(2025, 1, 1)),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(any_text, inner, max_size=3)
+    ),
     max_leaves=6,
 )
 json_cells = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), any_text, plausible),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(any_text, inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(any_text, inner, max_size=3)
+    ),
     max_leaves=6,
 )
 # Bytes that mean something to one of the readers, or to what they read with.
 bits = st.one_of(
     st.binary(max_size=30),
     st.sampled_from(
-        [b"\n", b"\r", b'"', b'\\"', b",", b"{", b"}", b"[", b"]", b"null", b"NaN", b"-Infinity", b"1e999", b"\0"]
+        [
+            b"\n",
+            b"\r",
+            b'"',
+            b'\\"',
+            b",",
+            b"{",
+            b"}",
+            b"[",
+            b"]",
+            b"null",
+            b"NaN",
+            b"-Infinity",
+            b"1e999",
+            b"\0",
+        ]
         + [
             b"\xef\xbb\xbf",
             b"\xff\xfe",
@@ -151,7 +215,9 @@ def as_bytes(suffix: str, rows: list) -> bytes:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().encode(errors="surrogatepass")
-    text = json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    text = (
+        json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    )
     return text.encode()
 
 
@@ -194,7 +260,11 @@ def check_loaded(task: str, path: Path) -> None:
 
     message = usage_error(load)
     if message is not None:
-        assert message.startswith(f"--dataset {path}: ") and message.isprintable() and len(message) < 600
+        assert (
+            message.startswith(f"--dataset {path}: ")
+            and message.isprintable()
+            and len(message) < 600
+        )
 
 
 @pytest.fixture
@@ -202,7 +272,9 @@ def _cache_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize(("suffixes", "examples"), [((".jsonl", ".json", ".csv"), 300), ((".parquet",), 60)])
+@pytest.mark.parametrize(
+    ("suffixes", "examples"), [((".jsonl", ".json", ".csv"), 300), ((".parquet",), 60)]
+)
 @pytest.mark.usefixtures("_cache_in_tmp")
 def test_any_file_is_refused_in_a_line_or_read(
     suffixes: tuple[str, ...], examples: int, fuzz: Callable[..., None], tmp_path: Path
@@ -211,7 +283,9 @@ def test_any_file_is_refused_in_a_line_or_read(
 
     def check(case: tuple[str, str, bytes]) -> None:
         task, suffix, content = case
-        path = tmp_path / f"{next(numbers)}{suffix}"  # datasets would find one of an old name in its cache
+        path = (
+            tmp_path / f"{next(numbers)}{suffix}"
+        )  # datasets would find one of an old name in its cache
         path.write_bytes(content)
         check_loaded(task, path)
         path.unlink()
@@ -231,14 +305,27 @@ def test_a_damaged_line_costs_no_other(fuzz: Callable[..., None], tmp_path: Path
         assert found >= keys(task, [TASKS[task].read(row) for row in GOOD[task]])
         assert len(found) <= 41
 
-    line = st.one_of(bits, st.lists(bits, max_size=4).map(b"".join), json_cells.map(json.dumps).map(str.encode))
+    line = st.one_of(
+        bits, st.lists(bits, max_size=4).map(b"".join), json_cells.map(json.dumps).map(str.encode)
+    )
     damaged = line.map(lambda line: line.replace(b"\n", b"").replace(b"\r", b""))
     fuzz(check, st.tuples(task_names, st.integers(1, 39), damaged), 200, share=0.5)
 
 
 names_of_files = st.one_of(
     any_text.map(lambda text: "a" + text.replace("/", "") + ".jsonl"),
-    st.sampled_from(["[1].jsonl", "*.csv", "[1].parquet", "**.json", "x::y.jsonl", "{a}.csv", "-.jsonl", "%s.csv"]),
+    st.sampled_from(
+        [
+            "[1].jsonl",
+            "*.csv",
+            "[1].parquet",
+            "**.json",
+            "x::y.jsonl",
+            "{a}.csv",
+            "-.jsonl",
+            "%s.csv",
+        ]
+    ),
 )
 
 
@@ -295,7 +382,9 @@ BOUNDS = {
     for name, kind in get_type_hints(Config, include_extras=True).items()
     if hasattr(kind, "__metadata__")
 }
-options = st.sampled_from([*FIELDS, "no_such_option", "", "step", "no_wandb"]).map(lambda name: f"--{name}")
+options = st.sampled_from([*FIELDS, "no_such_option", "", "step", "no_wandb"]).map(
+    lambda name: f"--{name}"
+)
 odd_words = st.one_of(
     st.sampled_from(
         [
@@ -356,7 +445,11 @@ def test_any_command_line_is_refused_in_a_line_or_has_options_in_range(
     fuzz: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fuzz(lambda line: usage_error(lambda: assert_within_bounds(parse_config(line))), command_lines, 300)
+    fuzz(
+        lambda line: usage_error(lambda: assert_within_bounds(parse_config(line))),
+        command_lines,
+        300,
+    )
 
 
 @pytest.mark.parametrize("line", [["--operands=--"], ["--recipe=--"], ["--model=--"]])
@@ -380,11 +473,17 @@ def with_bits(good: bytes) -> st.SearchStrategy[bytes]:
     return st.tuples(places, places, bits).map(lambda cut: good[: cut[0]] + cut[2] + good[cut[1] :])
 
 
-def test_any_saved_options_are_refused_in_a_line_or_in_range(fuzz: Callable[..., None], run_dir: Path) -> None:
+def test_any_saved_options_are_refused_in_a_line_or_in_range(
+    fuzz: Callable[..., None], run_dir: Path
+) -> None:
     values = st.one_of(json_cells, odd_words)
     saved = st.one_of(
-        st.dictionaries(st.sampled_from([*FIELDS, "help", "other", "a b", ""]), values).map(lambda odd: FIELDS | odd),
-        st.sets(st.sampled_from([*FIELDS])).map(lambda lost: {k: v for k, v in FIELDS.items() if k not in lost}),
+        st.dictionaries(st.sampled_from([*FIELDS, "help", "other", "a b", ""]), values).map(
+            lambda odd: FIELDS | odd
+        ),
+        st.sets(st.sampled_from([*FIELDS])).map(
+            lambda lost: {k: v for k, v in FIELDS.items() if k not in lost}
+        ),
         json_cells,
     )
     contents = saved.map(json.dumps).map(str.encode) | with_bits(json.dumps(FIELDS).encode())
@@ -396,10 +495,14 @@ def test_any_saved_options_are_refused_in_a_line_or_in_range(fuzz: Callable[...,
     fuzz(check, contents, 300)
 
 
-def test_any_damaged_checkpoint_is_refused_by_name(fuzz: Callable[..., None], run_dir: Path) -> None:
+def test_any_damaged_checkpoint_is_refused_by_name(
+    fuzz: Callable[..., None], run_dir: Path
+) -> None:
     (path,) = (run_dir / "checkpoint").iterdir()
     good = path.read_bytes()
-    flipped = st.lists(st.tuples(st.integers(0, len(good) - 1), st.integers(0, 255)), min_size=1, max_size=9)
+    flipped = st.lists(
+        st.tuples(st.integers(0, len(good) - 1), st.integers(0, 255)), min_size=1, max_size=9
+    )
 
     def flip(places: list[tuple[int, int]]) -> bytes:
         content = bytearray(good)
@@ -422,7 +525,23 @@ pieces = st.one_of(
     any_text,
     plausible,
     st.sampled_from(
-        ["<think>", "</think>", "<answer>", "</answer>", "(", ")", "+", "-", "*", "/", "1", "2", "7", " ", ","]
+        [
+            "<think>",
+            "</think>",
+            "<answer>",
+            "</answer>",
+            "(",
+            ")",
+            "+",
+            "-",
+            "*",
+            "/",
+            "1",
+            "2",
+            "7",
+            " ",
+            ",",
+        ]
     ),
     st.sampled_from(
         [
@@ -447,7 +566,9 @@ pieces = st.one_of(
         ]
     ),
 )
-texts = st.lists(pieces, max_size=12).map("".join) | st.sampled_from(["1/0", "7/(2-2)", "\\frac{1}{0}", "1e9/0"])
+texts = st.lists(pieces, max_size=12).map("".join) | st.sampled_from(
+    ["1/0", "7/(2-2)", "\\frac{1}{0}", "1e9/0"]
+)
 completions = texts | texts.map(lambda text: f"<think></think><answer>{text}</answer>")
 
 
@@ -461,22 +582,46 @@ def test_any_completion_of_any_question_is_worth_0_or_1(fuzz: Callable[..., None
         assert TASKS["math"].reward(completion, gold) in (0.0, 1.0)
 
     whole = st.one_of(st.integers(-9, 9), st.integers(), st.just(10**5000))
-    fuzz(check, st.tuples(completions, texts | completions, st.none() | st.lists(whole, max_size=6), whole), 200)
+    fuzz(
+        check,
+        st.tuples(completions, texts | completions, st.none() | st.lists(whole, max_size=6), whole),
+        200,
+    )
 
 
 def test_any_samples_are_summed_up_and_shown(fuzz: Callable[..., None]) -> None:
     def check(questions: list[list[str]]) -> None:
         samples = [
-            [{"text": t, "accuracy": t.count("7") % 2.0, "format": format_reward(t), "length": len(t)} for t in group]
+            [
+                {
+                    "text": t,
+                    "accuracy": t.count("7") % 2.0,
+                    "format": format_reward(t),
+                    "length": len(t),
+                }
+                for t in group
+            ]
             for group in questions
         ]
-        metrics = evaluation([[sample | {"truncated": False} for sample in group] for group in samples])
+        metrics = evaluation(
+            [[sample | {"truncated": False} for sample in group] for group in samples]
+        )
         means = {name: value for name, value in metrics.items() if not isinstance(value, tuple)}
         for name, value in means.items():
             low, high = metrics[f"{name}_interval"]
             assert low <= value <= high or math.isclose(low, value) or math.isclose(high, value)
-            assert 0 <= value <= (1 if name != "length" else max(len(text) for group in questions for text in group))
-        assert table({"now": {f"eval_{name}": value for name, value in metrics.items()}}).count("\n") == len(means)
+            assert (
+                0
+                <= value
+                <= (
+                    1
+                    if name != "length"
+                    else max(len(text) for group in questions for text in group)
+                )
+            )
+        assert table({"now": {f"eval_{name}": value for name, value in metrics.items()}}).count(
+            "\n"
+        ) == len(means)
         assert sparkline([float(len(t)) for group in questions for t in group])
 
     groups = st.integers(1, 4).flatmap(
@@ -493,19 +638,37 @@ def test_a_run_on_a_file_where_everything_is_wrong_somewhere(
 ) -> None:
     """Among 40 good rows are damaged ones, duplicates, and one of a million characters, to no harm."""
     rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(40)]
-    odd = [{"question": "a" * 10**6, "answer": "#### 7"}, {"question": "What is NaN?", "answer": math.nan}, [7], None]
+    odd = [
+        {"question": "a" * 10**6, "answer": "#### 7"},
+        {"question": "What is NaN?", "answer": math.nan},
+        [7],
+        None,
+    ]
     odd += [{"question": f"What is\t{n} + 1? ", "answer": n + 1} for n in range(8)]
     odd += [{"question": 5}, rows[7], {"question": "\ud800", "answer": 7}]
     lines = [json.dumps(row) for row in [*rows[:20], *odd, *rows[20:]]]
     data, run_dir = tmp_path / "data.jsonl", tmp_path / "run"
-    data.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(lines).encode() + b'\n\0\xff\n{"question": "half a')
+    data.write_bytes(
+        b"\xef\xbb\xbf" + "\n\n".join(lines).encode() + b'\n\0\xff\n{"question": "half a'
+    )
     arguments = f"--model {tiny_llama} --task gsm8k --dataset {data} --run_dir {run_dir} --steps 12 --device cpu "
     arguments += "--questions_per_step 4 --group_size 2 --max_new_tokens 2 --eval_questions 99"
     assert R1ZeroTrain.run(arguments.split()) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--dataset")]
-    assert said[0].endswith(": 7 of 57 rows are damaged or have no usable answer: 22, 23, 24, 33, 35, …")
-    assert ": 1 of 57 rows are left out as too long: 21; row 21 makes a prompt of 1,000," in said[1] and len(said) == 2
-    records = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
-    asked = Counter((" ".join(record["question"].split()), "advantage" in record) for record in records)
-    trained, held_out = ({question for question, training in asked if training is side} for side in (True, False))
+    assert said[0].endswith(
+        ": 7 of 57 rows are damaged or have no usable answer: 22, 23, 24, 33, 35, …"
+    )
+    assert (
+        ": 1 of 57 rows are left out as too long: 21; row 21 makes a prompt of 1,000," in said[1]
+        and len(said) == 2
+    )
+    records = [
+        json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()
+    ]
+    asked = Counter(
+        (" ".join(record["question"].split()), "advantage" in record) for record in records
+    )
+    trained, held_out = (
+        {question for question, training in asked if training is side} for side in (True, False)
+    )
     assert trained and held_out and not trained & held_out

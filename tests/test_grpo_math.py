@@ -49,7 +49,13 @@ def oracle(case: dict) -> dict:
             ratio = math.exp(case["logp"][i, t] - case["logp_old"][i, t])
             clipped = min(max(ratio, 1 - case["clip_low"]), 1 + case["clip_high"])
             surrogate = min(ratio * a, clipped * a)
-            side = "high" if ratio > 1 + case["clip_high"] else "low" if ratio < 1 - case["clip_low"] else "inside"
+            side = (
+                "high"
+                if ratio > 1 + case["clip_high"]
+                else "low"
+                if ratio < 1 - case["clip_low"]
+                else "inside"
+            )
             kinds.append(("+" if a > 0 else "-" if a < 0 else "0") + side)
             k3 = k3_size = 0.0
             if case["kl_beta"] > 0:
@@ -69,7 +75,9 @@ def oracle(case: dict) -> dict:
     }
 
 
-def make_case(seed: int, loss: str = "grpo", kl_beta: float = 0.04, dtype: type = np.float64) -> dict:
+def make_case(
+    seed: int, loss: str = "grpo", kl_beta: float = 0.04, dtype: type = np.float64
+) -> dict:
     """Random rollout: ragged lengths, some all-equal groups, huge finite values in the padding, no token on a kink."""
     rng = np.random.default_rng(seed)
     questions, group_size, width = rng.integers(1, 5), rng.integers(2, 6), int(rng.integers(1, 13))
@@ -122,7 +130,11 @@ def rows_of(arguments: dict, rows: list[int], width: int) -> dict:
     part = dict(arguments)
     for name in TENSORS:
         if arguments[name] is not None:
-            part[name] = arguments[name][rows][:, :width] if arguments[name].dim() == 2 else arguments[name][rows]
+            part[name] = (
+                arguments[name][rows][:, :width]
+                if arguments[name].dim() == 2
+                else arguments[name][rows]
+            )
     return part
 
 
@@ -172,7 +184,9 @@ def test_advantages_without_scaling_only_subtract_the_mean() -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [2.0, 0.0, 1.0, 1.0]])
     advantages = group_advantages(rewards, scale="none")
     assert advantages.tolist() == [0.75, -0.25, -0.25, -0.25, 1.0, -1.0, 0.0, 0.0]
-    assert torch.equal(group_advantages(rewards), group_advantages(rewards, scale="group")), "group is the default"
+    assert torch.equal(group_advantages(rewards), group_advantages(rewards, scale="group")), (
+        "group is the default"
+    )
 
 
 @pytest.mark.parametrize("scale", ["group", "none"])
@@ -180,7 +194,9 @@ def test_advantages_without_scaling_only_subtract_the_mean() -> None:
 def test_all_equal_groups_are_exactly_zero(scale: str, group_size: int) -> None:
     # The mean of several 0.1 is not 0.1 in float32; what is left would be divided by little more than 1e-4.
     values = torch.tensor([0.0, 1.0, 0.1, 0.2, 0.3, 0.7, 1.1, 1 / 3, -0.1, 1e-8, 12345.678])
-    rewards = torch.cat([values[:, None].repeat(1, group_size), torch.arange(group_size)[None].float()])
+    rewards = torch.cat(
+        [values[:, None].repeat(1, group_size), torch.arange(group_size)[None].float()]
+    )
     advantages = group_advantages(rewards, scale=scale).view(-1, group_size)
     assert advantages[:-1].flatten().tolist() == [0.0] * (len(values) * group_size)
     assert advantages[-1].abs().max() > 0.4, "equality is judged group by group"
@@ -190,7 +206,9 @@ def test_an_equal_group_beside_an_unequal_one() -> None:
     rewards = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.1, 1.1], [1.1, 1.1, 1.1]])
     advantages = group_advantages(rewards).view(3, 3)
     assert advantages[0].tolist() == advantages[2].tolist() == [0.0, 0.0, 0.0]
-    np.testing.assert_allclose(advantages[1].numpy(), oracle_advantages(rewards[1:2].double().numpy()), rtol=1e-5)
+    np.testing.assert_allclose(
+        advantages[1].numpy(), oracle_advantages(rewards[1:2].double().numpy()), rtol=1e-5
+    )
 
 
 def test_advantages_are_flattened_question_by_question() -> None:
@@ -220,14 +238,22 @@ def test_groups_do_not_touch_one_another() -> None:
     assert torch.equal(before[[0, 1, 3]], after[[0, 1, 3]])
     assert not torch.equal(before[2], after[2])
     for q in range(4):
-        torch.testing.assert_close(group_advantages(rewards[q : q + 1]), before[q], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            group_advantages(rewards[q : q + 1]), before[q], rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_advantages_against_the_oracle(seed: int) -> None:
-    rewards = np.random.default_rng(seed).choice([0.0, 0.1, 0.5, 1.0, 1.1], size=(16, 2 + seed)).astype(np.float32)
+    rewards = (
+        np.random.default_rng(seed)
+        .choice([0.0, 0.1, 0.5, 1.0, 1.1], size=(16, 2 + seed))
+        .astype(np.float32)
+    )
     advantages = group_advantages(torch.tensor(rewards))
-    np.testing.assert_allclose(advantages.numpy(), oracle_advantages(rewards.astype(np.float64)), rtol=0, atol=3e-6)
+    np.testing.assert_allclose(
+        advantages.numpy(), oracle_advantages(rewards.astype(np.float64)), rtol=0, atol=3e-6
+    )
 
 
 # ---------------------------------------------------------------- token weights
@@ -253,7 +279,10 @@ def test_token_weights_by_hand(loss: str, expected: list[float], integer: torch.
 def test_token_weights_of_a_batch_add_up(seed: int) -> None:
     rng = np.random.default_rng(seed)
     lengths = torch.tensor(rng.integers(1, 2000, size=int(rng.integers(1, 300))))
-    total = {loss: float((token_weights(lengths, loss, 2048).double() * lengths).sum()) for loss in LOSSES}
+    total = {
+        loss: float((token_weights(lengths, loss, 2048).double() * lengths).sum())
+        for loss in LOSSES
+    }
     assert total["grpo"] == pytest.approx(1, rel=1e-6)
     assert total["dapo"] == pytest.approx(1, rel=1e-6)
     assert total["dr_grpo"] == pytest.approx(float(lengths.double().mean()) / 2048, rel=1e-6)
@@ -309,12 +338,23 @@ def test_one_token_by_hand(
 
 
 @pytest.mark.parametrize(
-    ("log_ratio_to_reference", "k3", "slope"),  # x = logp_ref - logp; k3 = e^x - x - 1, d k3 / d logp = 1 - e^x
-    [(LN2, 0.3068528194400547, -1.0), (-LN2, 0.1931471805599453, 0.5), (0.0, 0.0, 0.0), (-5.0, 4.006737946999, None)],
+    (
+        "log_ratio_to_reference",
+        "k3",
+        "slope",
+    ),  # x = logp_ref - logp; k3 = e^x - x - 1, d k3 / d logp = 1 - e^x
+    [
+        (LN2, 0.3068528194400547, -1.0),
+        (-LN2, 0.1931471805599453, 0.5),
+        (0.0, 0.0, 0.0),
+        (-5.0, 4.006737946999, None),
+    ],
 )
 def test_k3_by_hand(log_ratio_to_reference: float, k3: float, slope: float | None) -> None:
     logp = torch.tensor([-2.0], dtype=torch.float64)
-    arguments = kl_arguments(logp, logp + log_ratio_to_reference, torch.ones(1, dtype=torch.float64))
+    arguments = kl_arguments(
+        logp, logp + log_ratio_to_reference, torch.ones(1, dtype=torch.float64)
+    )
     loss, gradient, metrics = loss_and_gradient(arguments)
     assert float(loss) == pytest.approx(k3, abs=1e-12)  # the KL is a penalty: it raises the loss
     assert float(metrics["kl"]) == pytest.approx(k3, abs=1e-12)
@@ -341,7 +381,9 @@ def test_two_rows_by_hand() -> None:
     k3 = 0.1931471805599453
     expected = -(0.25 * (1.0 + 1.2 - 2 * 0.5 * k3) + 0.5 * (-2.4 - 0.5 * k3))
     assert float(loss) == pytest.approx(expected, abs=1e-12)
-    assert float(metrics["clip_fraction"]) == 2  # sums over the mask, not yet divided by the three tokens
+    assert (
+        float(metrics["clip_fraction"]) == 2
+    )  # sums over the mask, not yet divided by the three tokens
     assert float(metrics["kl"]) == pytest.approx(3 * k3, abs=1e-12)
 
 
@@ -358,7 +400,9 @@ def test_loss_against_the_oracle(loss: str, kl_beta: float) -> None:
             got, metrics = grpo_loss(**to_tensors(case))
             assert got.shape == ()
             where = f"seed {seed}, {dtype.__name__}"
-            assert float(got) == pytest.approx(expected["loss"], rel=0, abs=tolerance * expected["scale"]), where
+            assert float(got) == pytest.approx(
+                expected["loss"], rel=0, abs=tolerance * expected["scale"]
+            ), where
             assert float(metrics["clip_fraction"]) == expected["clip_fraction"], where
             if kl_beta > 0:
                 assert float(metrics["kl"]) == pytest.approx(
@@ -373,12 +417,16 @@ def test_rewards_to_loss_in_float32_against_the_oracle(loss: str, kl_beta: float
         case = make_case(seed, loss, kl_beta, np.float32)
         arguments = to_tensors(case)
         arguments["advantages"] = group_advantages(torch.tensor(case["rewards"]))
-        arguments["weights"] = token_weights(torch.tensor(case["lengths"]), loss, case["max_new_tokens"])
+        arguments["weights"] = token_weights(
+            torch.tensor(case["lengths"]), loss, case["max_new_tokens"]
+        )
         case["advantages"] = oracle_advantages(case["rewards"].astype(np.float64))
         case["weights"] = oracle_weights(case["lengths"], loss, case["max_new_tokens"])
         expected = oracle(case)
         got, _ = grpo_loss(**arguments)
-        assert float(got) == pytest.approx(expected["loss"], rel=0, abs=1e-6 * expected["scale"]), f"seed {seed}"
+        assert float(got) == pytest.approx(expected["loss"], rel=0, abs=1e-6 * expected["scale"]), (
+            f"seed {seed}"
+        )
 
 
 def test_the_random_cases_reach_every_branch() -> None:
@@ -405,7 +453,9 @@ def test_gradient_against_finite_differences_of_the_oracle(loss: str, kl_beta: f
                     logp[i, t] += sign * step
                     sides.append(oracle(case | {"logp": logp})["loss"])
                 expected[i, t] = (sides[0] - sides[1]) / (2 * step)
-        np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-6, atol=1e-9 * max(1, oracle(case)["scale"]))
+        np.testing.assert_allclose(
+            gradient.numpy(), expected, rtol=1e-6, atol=1e-9 * max(1, oracle(case)["scale"])
+        )
         assert not gradient.numpy()[~case["mask"]].any()
 
 
@@ -432,14 +482,23 @@ def test_gradcheck(kl_beta: float) -> None:
 @pytest.mark.parametrize("kl_beta", [0.0, 0.3])
 def test_values_outside_the_mask_do_not_matter(kl_beta: float, dtype: torch.dtype) -> None:
     arguments = to_tensors(make_case(7, "grpo", kl_beta))
-    arguments = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in arguments.items()}
+    arguments = {
+        k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in arguments.items()
+    }
     mask = arguments["mask"]
     assert not mask.all()
     names = [k for k in ("logp", "logp_old", "logp_ref") if arguments[k] is not None]
     plain = arguments | {k: arguments[k].masked_fill(~mask, 0.0) for k in names}
     expected, expected_gradient, expected_metrics = loss_and_gradient(plain)
     # Most of these overflow exp to inf: multiplied by a mask of 0 that is NaN, in the loss or in its gradient.
-    for filling in ((50.0, 50.0, 50.0), (50.0, -1e4, -1e4), (-1e4, 50.0, 50.0), (50.0, -1e4, 50.0), (-1e4, 0.0, 0.0)):
+    for filling in (
+        (50.0, 50.0, 50.0),
+        (50.0, -1e4, -1e4),
+        (-1e4, 50.0, 50.0),
+        (50.0, -1e4, 50.0),
+        (-1e4, 0.0, 0.0),
+    ):
         values = dict(zip(("logp", "logp_old", "logp_ref"), filling, strict=True))
         loss, gradient, metrics = loss_and_gradient(
             plain | {k: arguments[k].masked_fill(~mask, values[k]) for k in names}
@@ -469,7 +528,9 @@ def test_padding_width_does_not_matter(kl_beta: float) -> None:
             torch.testing.assert_close(gradient[:, :width], expected_gradient, rtol=1e-6, atol=0)
             assert not gradient[:, width:].any()
             for name in metrics:
-                torch.testing.assert_close(metrics[name], expected_metrics[name], rtol=1e-6, atol=1e-6, equal_nan=True)
+                torch.testing.assert_close(
+                    metrics[name], expected_metrics[name], rtol=1e-6, atol=1e-6, equal_nan=True
+                )
 
 
 @pytest.mark.parametrize("kl_beta", [0.0, 0.3])
@@ -483,7 +544,9 @@ def test_micro_batches_add_up_to_the_whole(loss: str, kl_beta: float) -> None:
         # A parameter shared by all rows, as a policy's weights are: its gradient is a sum over every token.
         features = torch.tensor(rng.normal(size=(*case["logp"].shape, 5)), dtype=torch.float32)
 
-        def backward(part: dict, part_features: torch.Tensor, theta: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        def backward(
+            part: dict, part_features: torch.Tensor, theta: torch.Tensor
+        ) -> tuple[torch.Tensor, dict]:
             value, metrics = grpo_loss(**(part | {"logp": part["logp"] + part_features @ theta}))
             value.backward()
             return value.detach(), metrics
@@ -497,17 +560,31 @@ def test_micro_batches_add_up_to_the_whole(loss: str, kl_beta: float) -> None:
             theta, total, sums = torch.zeros(5, requires_grad=True), 0.0, {}
             for rows in np.split(rng.permutation(n), cuts):
                 rows = rows.tolist()
-                width = max(case["lengths"][i] for i in rows)  # each micro-batch is as wide as its own longest row
-                value, metrics = backward(rows_of(arguments, rows, width), features[rows][:, :width], theta)
+                width = max(
+                    case["lengths"][i] for i in rows
+                )  # each micro-batch is as wide as its own longest row
+                value, metrics = backward(
+                    rows_of(arguments, rows, width), features[rows][:, :width], theta
+                )
                 total += float(value)
                 sums = {k: sums.get(k, 0.0) + float(v) for k, v in metrics.items()}
             assert total == pytest.approx(float(whole), rel=0, abs=1e-6 * reference["scale"])
             assert bool(((theta.grad - whole_theta.grad).abs() <= 1e-6 * gradient_scale).all())
             assert sums.keys() == whole_metrics.keys()
-            assert sums["clip_fraction"] == float(whole_metrics["clip_fraction"]) == reference["clip_fraction"]
+            assert (
+                sums["clip_fraction"]
+                == float(whole_metrics["clip_fraction"])
+                == reference["clip_fraction"]
+            )
             for name, value in sums.items():
-                size = max(1.0, reference["kl_scale"]) if name == "kl" else max(1.0, abs(float(whole_metrics[name])))
-                assert value == pytest.approx(float(whole_metrics[name]), rel=0, abs=1e-6 * size, nan_ok=True), name
+                size = (
+                    max(1.0, reference["kl_scale"])
+                    if name == "kl"
+                    else max(1.0, abs(float(whole_metrics[name])))
+                )
+                assert value == pytest.approx(
+                    float(whole_metrics[name]), rel=0, abs=1e-6 * size, nan_ok=True
+                ), name
 
 
 # ---------------------------------------------------------------- the first update of a rollout
@@ -523,7 +600,15 @@ def test_first_update_is_exact(loss: str) -> None:
     advantages = torch.tensor([1.5, -0.5, -0.5, -0.5, 2.0, -2.0, 0.25, 0.0])
     weights = token_weights(lengths, loss, 8)
     value, metrics = grpo_loss(
-        logp, logp.detach(), logp.detach().clone(), advantages, mask, weights, CLIP_LOW, CLIP_HIGH, 0.5
+        logp,
+        logp.detach(),
+        logp.detach().clone(),
+        advantages,
+        mask,
+        weights,
+        CLIP_LOW,
+        CLIP_HIGH,
+        0.5,
     )
     (gradient,) = torch.autograd.grad(value, logp)
     expected = weights[:, None] * mask * advantages[:, None]
@@ -568,12 +653,16 @@ def test_k3_is_unbiased(seed: int) -> None:
     p, q = rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(6))
     kl = math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
     # Rows are the outcomes, each weighted with the policy's probability of it: the loss is E_{x~p}[k3].
-    loss, _ = grpo_loss(**kl_arguments(torch.tensor(p).log(), torch.tensor(q).log(), torch.tensor(p)))
+    loss, _ = grpo_loss(
+        **kl_arguments(torch.tensor(p).log(), torch.tensor(q).log(), torch.tensor(p))
+    )
     assert float(loss) == pytest.approx(kl, rel=1e-12, abs=1e-12)
     metric = 0.0
     for a, b in zip(p, q, strict=True):
         one = torch.tensor([a])
-        _, metrics = grpo_loss(**kl_arguments(one.log(), torch.tensor([b]).log(), torch.ones(1, dtype=torch.float64)))
+        _, metrics = grpo_loss(
+            **kl_arguments(one.log(), torch.tensor([b]).log(), torch.ones(1, dtype=torch.float64))
+        )
         metric += a * float(metrics["kl"])
     assert metric == pytest.approx(kl, rel=1e-12, abs=1e-12)
 

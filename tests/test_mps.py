@@ -40,22 +40,33 @@ from R1ZeroTrain import load_policy, main, parse_config
 
 MPS = torch.device("mps", 0)
 REAL = torch.backends.mps.is_available()
-OPTIONS = (
-    "--steps 1 --questions_per_step 2 --group_size 4 --max_new_tokens 4 --eval_questions 2 --operands 2 --temperature 3"
-)
-CPU_INDICES = ("index.Tensor", "index_put", "index_put_", "_index_put_impl_")  # which move them to the device
+OPTIONS = "--steps 1 --questions_per_step 2 --group_size 4 --max_new_tokens 4 --eval_questions 2 --operands 2 --temperature 3"
+CPU_INDICES = (
+    "index.Tensor",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+)  # which move them to the device
 
 
 def declared() -> set[str]:
     """The operators with a kernel for MPS, as `name.overload`: their own, or that of the out= they delegate to."""
-    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
-    entries = {entry["func"].partition("(")[0]: entry for entry in yaml.load(text, yaml.CSafeLoader)}
+    text = (
+        Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    ).read_text()
+    entries = {
+        entry["func"].partition("(")[0]: entry for entry in yaml.load(text, yaml.CSafeLoader)
+    }
 
     def has(name: str | None) -> bool:
         keys = entries[name].get("dispatch", {}) if name else {}
         return any("MPS" in [key.strip() for key in group.split(",")] for group in keys)
 
-    return {name for name, entry in entries.items() if has(name) or has(entry.get("structured_delegate"))}
+    return {
+        name
+        for name, entry in entries.items()
+        if has(name) or has(entry.get("structured_delegate"))
+    }
 
 
 KERNELS = declared()
@@ -67,9 +78,13 @@ class OnMPS(Tensor):
     @staticmethod
     def __new__(cls, kept: Tensor) -> "OnMPS":
         if kept.dtype in (torch.float64, torch.complex128):
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"
+            )
         strides = {"strides": kept.stride(), "storage_offset": kept.storage_offset()}
-        self = Tensor._make_wrapper_subclass(cls, kept.size(), **strides, dtype=kept.dtype, device="meta")
+        self = Tensor._make_wrapper_subclass(
+            cls, kept.size(), **strides, dtype=kept.dtype, device="meta"
+        )
         self.kept = kept
         return self
 
@@ -100,7 +115,9 @@ class PretendMPS(TorchDispatchMode):
 
 
 SEEN: collections.Counter[str] = collections.Counter()  # operators on the device path
-PARTS: set[tuple] = set()  # composed operators that have been looked into, with these kinds of arguments
+PARTS: set[tuple] = (
+    set()
+)  # composed operators that have been looked into, with these kinds of arguments
 
 
 def dispatch(operator, args: tuple, kwargs: dict) -> object:
@@ -113,7 +130,9 @@ def dispatch(operator, args: tuple, kwargs: dict) -> object:
     SEEN[name] += 1
     copies = name in ("_to_copy", "copy_")  # between devices: each has code of its own for it
     given = [args[0], *args[2:]] if name in CPU_INDICES else leaves
-    elsewhere = [x for x in given if isinstance(x, Tensor) and x.dim() and not isinstance(x, OnMPS)]  # not a number
+    elsewhere = [
+        x for x in given if isinstance(x, Tensor) and x.dim() and not isinstance(x, OnMPS)
+    ]  # not a number
     if here and elsewhere and not copies:
         raise RuntimeError(f"{name}: Expected all tensors to be on the same device")
     if not (name in KERNELS or copies or operator.is_view):  # a view has nothing to compute
@@ -121,13 +140,21 @@ def dispatch(operator, args: tuple, kwargs: dict) -> object:
         if operator._schema.is_mutable or (name, *kinds) not in PARTS:
             there = {"device": torch.device("meta")} if "device" in kwargs else {}
             with PretendMPS():
-                result = operator.redispatch(DispatchKeySet(DispatchKey.MPS), *args, **kwargs | there)
+                result = operator.redispatch(
+                    DispatchKeySet(DispatchKey.MPS), *args, **kwargs | there
+                )
             PARTS.add((name, *kinds))
             if operator._schema.is_mutable:  # its parts have written already
                 return result
 
     def off(x: object) -> object:
-        return x.kept if isinstance(x, OnMPS) else torch.device("cpu") if isinstance(x, torch.device) else x
+        return (
+            x.kept
+            if isinstance(x, OnMPS)
+            else torch.device("cpu")
+            if isinstance(x, torch.device)
+            else x
+        )
 
     def on(x: object) -> object:
         if not isinstance(x, Tensor):
@@ -157,9 +184,16 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
             return load_policy(*args)
 
     monkeypatch.setattr(R1ZeroTrain, "load_policy", load)
-    swap, lift = torch.__future__.get_swap_module_params_on_conversion(), torch._C._only_lift_cpu_tensors()
-    torch.__future__.set_swap_module_params_on_conversion(True)  # .to(device) keeps the parameters' identity
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=mps) makes it on the CPU, then copies it
+    swap, lift = (
+        torch.__future__.get_swap_module_params_on_conversion(),
+        torch._C._only_lift_cpu_tensors(),
+    )
+    torch.__future__.set_swap_module_params_on_conversion(
+        True
+    )  # .to(device) keeps the parameters' identity
+    torch._C._set_only_lift_cpu_tensors(
+        True
+    )  # torch.tensor(..., device=mps) makes it on the CPU, then copies it
     AcceleratorState._reset_state(reset_partial_state=True)
     SEEN.clear()
     with PretendMPS():
@@ -173,7 +207,10 @@ def run(run_dir: Path, *more: str) -> list[dict]:
     main(parse_config([*OPTIONS.split(), "--run_dir", str(run_dir), *more]))
     timings = ("completion_tokens_per_second", "seconds")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timings and not isinstance(v, list)} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in timings and not isinstance(v, list)}
+        for line in lines
+    ]
 
 
 # --- the proof -------------------------------------------------------------------------------------------------------
@@ -185,24 +222,41 @@ def parity_reward(completion: str, numbers: list[int], target: int) -> float:
 
 
 @pytest.mark.skipif(REAL, reason="there is a real one, see the last test")
-def test_a_run_needs_nothing_that_mps_lacks(pretend: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TASKS, "countdown", dataclasses.replace(TASKS["countdown"], reward=parity_reward))
+def test_a_run_needs_nothing_that_mps_lacks(
+    pretend: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        TASKS, "countdown", dataclasses.replace(TASKS["countdown"], reward=parity_reward)
+    )
     lines = run(tmp_path / "mps", "--kl_beta", "0.1", "--save_every", "1")
-    assert lines[0]["grad_norm"] > 0 and lines[1]["kl"] > 0, "a run that has learned nothing proves nothing"
+    assert lines[0]["grad_norm"] > 0 and lines[1]["kl"] > 0, (
+        "a run that has learned nothing proves nothing"
+    )
     assert {path.name for path in (tmp_path / "mps").iterdir()} >= {"checkpoint", "model"}
     # Each part of a run has been seen on the device, or this has proved less than it says.
-    sampling, backward = {"searchsorted.Tensor", "cumsum"}, {"embedding_dense_backward", "silu_backward"}
+    sampling, backward = (
+        {"searchsorted.Tensor", "cumsum"},
+        {"embedding_dense_backward", "silu_backward"},
+    )
     optimizer, clipping = {"addcdiv_", "lerp_.Scalar"}, {"linalg_vector_norm"}
     assert sampling | backward | optimizer | clipping <= set(SEEN)
-    assert "uniform_" not in SEEN, "what is random is drawn on the CPU, so that a seed gives one run on any device"
-    assert not any("flash" in name or "efficient" in name for name in SEEN), "attention that MPS doesn't have"
-    assert not any("scaled_dot_product" in name for name in SEEN), "which is wrong there with padding"
+    assert "uniform_" not in SEEN, (
+        "what is random is drawn on the CPU, so that a seed gives one run on any device"
+    )
+    assert not any("flash" in name or "efficient" in name for name in SEEN), (
+        "attention that MPS doesn't have"
+    )
+    assert not any("scaled_dot_product" in name for name in SEEN), (
+        "which is wrong there with padding"
+    )
     assert len(pretend) == len(lines), "the allocator would keep a buffer for each shape it has met"
 
     # It has computed what the CPU does, so what was seen is what a run does.
     AcceleratorState._reset_state(reset_partial_state=True)
     before = sum(SEEN.values())
-    for line, expected in zip(lines, run(tmp_path / "cpu", "--kl_beta", "0.1", "--device", "cpu"), strict=True):
+    for line, expected in zip(
+        lines, run(tmp_path / "cpu", "--kl_beta", "0.1", "--device", "cpu"), strict=True
+    ):
         assert line == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert sum(SEEN.values()) == before, "what is on the CPU is not on the device path"
 
@@ -268,16 +322,35 @@ def test_a_backward_that_mps_cannot_do_is_refused(pretend: None) -> None:
 def test_an_operator_made_of_others_is_as_good_as_its_parts(pretend: None) -> None:
     matrix = torch.ones(2, 2, device=MPS)
     torch._foreach_add_([matrix], 1.0)  # composed of add, which has a kernel
-    assert matrix.tolist() == [[2, 2], [2, 2]] and SEEN["_foreach_add_.Scalar"] and SEEN["add_.Tensor"]
+    assert (
+        matrix.tolist() == [[2, 2], [2, 2]] and SEEN["_foreach_add_.Scalar"] and SEEN["add_.Tensor"]
+    )
     with pytest.raises(NotImplementedError, match="aten::linalg_eig"):
-        torch.linalg.eigvals(matrix.requires_grad_())  # with a gradient: composed of eig, which has none
+        torch.linalg.eigvals(
+            matrix.requires_grad_()
+        )  # with a gradient: composed of eig, which has none
 
 
 def test_what_torch_declares_for_mps_is_read_rightly() -> None:
-    own = {"searchsorted.Tensor", "_scaled_dot_product_attention_math_for_mps", "embedding_dense_backward", "mm"}
-    delegated = {"add.Tensor", "cumsum", "lerp_.Scalar", "isin.Tensor_Tensor", "gather", "sort.stable"}
+    own = {
+        "searchsorted.Tensor",
+        "_scaled_dot_product_attention_math_for_mps",
+        "embedding_dense_backward",
+        "mm",
+    }
+    delegated = {
+        "add.Tensor",
+        "cumsum",
+        "lerp_.Scalar",
+        "isin.Tensor_Tensor",
+        "gather",
+        "sort.stable",
+    }
     assert own | delegated <= KERNELS
-    assert not {"linalg_eig", "_scaled_dot_product_flash_attention_for_cpu", "_foreach_add.Scalar"} & KERNELS
+    assert (
+        not {"linalg_eig", "_scaled_dot_product_flash_attention_for_cpu", "_foreach_add.Scalar"}
+        & KERNELS
+    )
     assert len(KERNELS) > 500
 
 
@@ -290,4 +363,6 @@ def test_a_run_on_mps_is_the_run_on_the_cpu(tmp_path: Path) -> None:
     lines = run(tmp_path / "mps", "--kl_beta", "0.1", "--device", "mps")
     AcceleratorState._reset_state(reset_partial_state=True)
     assert lines[0]["logp_gap"] < 1e-3, "the sampler's kernels and the trainer's agree"
-    assert lines[0]["grad_norm"] == pytest.approx(run(tmp_path / "cpu", "--device", "cpu")[0]["grad_norm"], rel=0.05)
+    assert lines[0]["grad_norm"] == pytest.approx(
+        run(tmp_path / "cpu", "--device", "cpu")[0]["grad_norm"], rel=0.05
+    )

@@ -51,7 +51,9 @@ CHATML = (
 
 
 def tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")))
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    )
     made.chat_template = chat_template
     return made
 
@@ -76,7 +78,10 @@ def test_chat_template_gets_exactly_one_open_think(opened: str) -> None:
         f"<|im_start|>system\n{prompts.SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
         f"<|im_start|>assistant\n{opened or '<think>'}"
     )
-    assert "<think> </think>" in prompts.SYSTEM_PROMPT and "<answer> </answer>" in prompts.SYSTEM_PROMPT
+    assert (
+        "<think> </think>" in prompts.SYSTEM_PROMPT
+        and "<answer> </answer>" in prompts.SYSTEM_PROMPT
+    )
     assert render_prompt(tokenizer(None), question).count(question) == 1
 
 
@@ -91,7 +96,9 @@ QWEN3 = CHATML.replace(
     "assistant\n",
     "assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}",
 )
-NOT_UNLESS_TOLD = QWEN3.replace("is defined and enable_thinking is false", "is not defined or enable_thinking is false")
+NOT_UNLESS_TOLD = QWEN3.replace(
+    "is defined and enable_thinking is false", "is not defined or enable_thinking is false"
+)
 NEVER = CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
 ALTERNATE = (
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -99,22 +106,35 @@ ALTERNATE = (
 )
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}" + ALTERNATE + "{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] | trim"
+    "{% endif %}"
+    + ALTERNATE
+    + "{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] | trim"
     " + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-MISTRAL = "{{ bos_token }}" + ALTERNATE + "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endfor %}"
+MISTRAL = (
+    "{{ bos_token }}" + ALTERNATE + "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endfor %}"
+)
 BARE = "{{ messages[-1].content }}"  # nothing behind the question
 
 
 @pytest.mark.parametrize(
-    "question", ["What is 7 + 7?", "What does <think> do?", "7 <think>", "<think>", "<think> </think>"]
+    "question",
+    ["What is 7 + 7?", "What does <think> do?", "7 <think>", "<think>", "<think> </think>"],
 )
 @pytest.mark.parametrize(
     ("template", "start", "end"),
     [
         (DEEPSEEK_R1_DISTILL, "<s>{system}<｜User｜>{question}", "<｜Assistant｜><think>\n"),
-        (CHATML, "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}", "assistant\n<think>"),
-        (QWEN3, "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}", "assistant\n<think>"),
+        (
+            CHATML,
+            "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}",
+            "assistant\n<think>",
+        ),
+        (
+            QWEN3,
+            "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}",
+            "assistant\n<think>",
+        ),
         (NOT_UNLESS_TOLD, "<|im_start|>system\n{system}<|im_end|>\n", "assistant\n<think>"),
         (NEVER, "<|im_start|>system\n{system}<|im_end|>\n", "assistant\n<think>"),
         (GEMMA, "<s><start_of_turn>user\n{system}\n\n{question}", "<start_of_turn>model\n<think>"),
@@ -128,7 +148,9 @@ def test_the_thinking_is_opened_once(template: str, start: str, end: str, questi
     prompt = render_prompt(chat, question)
     assert prompt.startswith(start.format(system=prompts.SYSTEM_PROMPT, question=question))
     body = prompt.removeprefix(start.format(system=prompts.SYSTEM_PROMPT, question=question))
-    assert body.endswith(end) and body.count("<think>") == 1 + (("{question}" not in start) * question.count("<think>"))
+    assert body.endswith(end) and body.count("<think>") == 1 + (
+        ("{question}" not in start) * question.count("<think>")
+    )
     assert "</think>" not in body or "{question}" not in start
     assert render_prompt(chat, question, "chat") == prompt
     assert render_prompt(chat, question, "base") == prompts.BASE_TEMPLATE.format(question=question)
@@ -149,15 +171,21 @@ def test_template_option() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["44 19 35 = 98", "44, 19, 35 = 98", "[44, 19, 35] = 98", " 44  19,35=98 ", "44 ,19\n35= 98"]
+    "text",
+    ["44 19 35 = 98", "44, 19, 35 = 98", "[44, 19, 35] = 98", " 44  19,35=98 ", "44 ,19\n35= 98"],
 )
 def test_a_countdown_problem_is_asked_as_one(text: str) -> None:
-    assert prompts.ask_question("countdown", text) == prompts.read_countdown({"target": 98, "nums": [44, 19, 35]})
+    assert prompts.ask_question("countdown", text) == prompts.read_countdown(
+        {"target": 98, "nums": [44, 19, 35]}
+    )
 
 
 def test_other_questions_are_asked_as_the_task_asks() -> None:
     assert prompts.ask_question("countdown", "5 = 5")["answer"] == {"numbers": [5], "target": 5}
-    assert prompts.ask_question("countdown", "2 2 = 1000")["answer"] == {"numbers": [2, 2], "target": 1000}
+    assert prompts.ask_question("countdown", "2 2 = 1000")["answer"] == {
+        "numbers": [2, 2],
+        "target": 1000,
+    }
     for text in (
         "Why?",
         "44 19 35",
@@ -172,7 +200,11 @@ def test_other_questions_are_asked_as_the_task_asks() -> None:
         assert prompts.ask_question("countdown", text) == {"question": text, "answer": None}
     for task in ("gsm8k", "math"):
         asked = prompts.ask_question(task, "How many {eggs}?")
-        columns = {"question": "How many {eggs}?", "problem": "How many {eggs}?", "answer": "#### 3"}
+        columns = {
+            "question": "How many {eggs}?",
+            "problem": "How many {eggs}?",
+            "answer": "#### 3",
+        }
         assert asked == prompts.TASKS[task].read(columns) | {"answer": None}
     with pytest.raises(UsageError, match="^--task chess: "):
         prompts.ask_question("chess", "e4")
@@ -188,7 +220,11 @@ def add(rng: random.Random) -> dict:
 
 def test_a_generated_task_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(prompts.TASKS, "mine", prompts.Task(gsm8k_reward, generate=add))
-    options = {"operands": 3, "operand_range": [1, 9], "target_range": [1, 99]}  # Countdown's, which main passes on
+    options = {
+        "operands": 3,
+        "operand_range": [1, 9],
+        "target_range": [1, 99],
+    }  # Countdown's, which main passes on
     question_at, held_out = load_questions("mine", "", 0, 150, **options)
     train = [question_at(i) for i in range(3000)]
     assert len(texts(held_out)) == len(held_out) == 150 and not texts(train) & texts(held_out)
@@ -197,7 +233,10 @@ def test_a_generated_task_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_questions("mine", "", 1, 150)[0](7) != train[7]
     assert load_questions("mine", "", 0, 150, eval_only=True) == (None, held_out)
     assert prompts.ask_question("mine", "2 + 2?") == {"question": "2 + 2?", "answer": None}
-    for eval_questions, message in ((900, "--eval_questions 900: there are only 2"), (-1, "--eval_questions -1")):
+    for eval_questions, message in (
+        (900, "--eval_questions 900: there are only 2"),
+        (-1, "--eval_questions -1"),
+    ):
         with pytest.raises(UsageError) as error:
             load_questions("mine", "", 0, eval_questions)
         assert one_line(error).startswith(message)
@@ -207,7 +246,11 @@ def test_a_generated_task_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_generator_of_too_few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(prompts.TASKS, "one", prompts.Task(gsm8k_reward, generate=lambda rng: {"question": "1 + 1?"}))
+    monkeypatch.setitem(
+        prompts.TASKS,
+        "one",
+        prompts.Task(gsm8k_reward, generate=lambda rng: {"question": "1 + 1?"}),
+    )
     for eval_questions in (0, 1):
         with pytest.raises(UsageError) as error:
             load_questions("one", "", 0, eval_questions)
@@ -218,7 +261,9 @@ def test_a_task_of_ones_own_reads_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     def read(row: dict) -> dict | None:
         return {"question": row["q"], "answer": {"gold": row["a"]}} if row["a"] else None
 
-    monkeypatch.setitem(prompts.TASKS, "mine", prompts.Task(gsm8k_reward, columns=(("q", "a"),), read=read))
+    monkeypatch.setitem(
+        prompts.TASKS, "mine", prompts.Task(gsm8k_reward, columns=(("q", "a"),), read=read)
+    )
     path = write(tmp_path / "data.jsonl", [{"q": f"Is it {n}?", "a": str(n)} for n in range(60)])
     question_at, held_out = load_questions("mine", path, 0, 1000)
     assert not texts([question_at(i) for i in range(60 - len(held_out))]) & texts(held_out)
@@ -231,10 +276,15 @@ def test_a_task_of_ones_own_reads_a_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_example_in_the_docstring_works() -> None:
     example = prompts.__doc__.partition(":\n\n")[2].rpartition("    sys.exit")[0]
     code = (
-        "import prompts, rewards\nif True:\n" + example + "    print(prompts.load_questions('double', '', 0, 64)[0](0))"
+        "import prompts, rewards\nif True:\n"
+        + example
+        + "    print(prompts.load_questions('double', '', 0, 64)[0](0))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(prompts.__file__).parent
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(prompts.__file__).parent,
     )
     assert run.stdout.startswith("{'question': 'Twice ") and not run.stderr
 
@@ -257,10 +307,23 @@ def brute_force(numbers: tuple[int, ...]) -> set[Fraction]:
 
 @pytest.mark.parametrize(
     "numbers",
-    [(7,), (1, 1), (3, 5), (2, 4, 6), (1, 1, 1), (5, 5, 1), (0, 3, 4), (8, 8, 3, 3), (1, 5, 5, 5), (2, 3, 7, 11)],
+    [
+        (7,),
+        (1, 1),
+        (3, 5),
+        (2, 4, 6),
+        (1, 1, 1),
+        (5, 5, 1),
+        (0, 3, 4),
+        (8, 8, 3, 3),
+        (1, 5, 5, 5),
+        (2, 3, 7, 11),
+    ],
 )
 def test_reachable_targets_are_all_and_only_those_there_are(numbers: tuple[int, ...]) -> None:
-    expected = {int(value) for value in brute_force(numbers) if value.denominator == 1 and value >= 0}
+    expected = {
+        int(value) for value in brute_force(numbers) if value.denominator == 1 and value >= 0
+    }
     assert reachable_targets(list(numbers)) == expected
     assert reachable_targets(numbers[::-1]) == expected
 
@@ -274,7 +337,10 @@ def test_reachable_targets_by_hand() -> None:
 
 def test_hash_has_not_changed() -> None:
     """These decide what a model has been trained on: if one fails, old checkpoints have seen the new test problems."""
-    problems = [([1, 2, 3], target) for target in range(1, 10)] + [([44, 19, 35], 98), ([8, 7, 4], 36)]
+    problems = [([1, 2, 3], target) for target in range(1, 10)] + [
+        ([44, 19, 35], 98),
+        ([8, 7, 4], 36),
+    ]
     assert [place for place, problem in enumerate(problems) if is_held_out(*problem)] == [1, 8]
     code = "import prompts; print(sum(prompts.is_held_out([a, 5, 7], t) for a in range(9) for t in range(99)))"
     counts = [
@@ -302,12 +368,20 @@ def test_held_out_is_a_quarter_whatever_the_order() -> None:
     held_out = [problem for problem in problems if is_held_out(*problem)]
     assert len(held_out) >= 512 and abs(len(held_out) / len(problems) - 0.25) < 0.03
     for numbers, target in problems[::50]:
-        assert len({is_held_out(list(order), target) for order in itertools.permutations(numbers)}) == 1
+        assert (
+            len({is_held_out(list(order), target) for order in itertools.permutations(numbers)})
+            == 1
+        )
 
 
 @pytest.mark.parametrize(
     ("operands", "operand_range", "target_range", "draws"),
-    [(2, (1, 9), (1, 99), 300), (3, (1, 9), (1, 99), 3000), (3, (1, 100), (1, 100), 100), (4, (1, 9), (20, 30), 60)],
+    [
+        (2, (1, 9), (1, 99), 300),
+        (3, (1, 9), (1, 99), 3000),
+        (3, (1, 100), (1, 100), 100),
+        (4, (1, 9), (20, 30), 60),
+    ],
 )
 def test_problems_are_solvable_in_range_and_on_their_side(
     operands: int, operand_range: tuple[int, int], target_range: tuple[int, int], draws: int
@@ -321,7 +395,9 @@ def test_problems_are_solvable_in_range_and_on_their_side(
         key = tuple(sorted(numbers))
         if key not in solutions:
             solutions[key] = brute_force(key)
-        assert len(numbers) == operands and all(operand_range[0] <= n <= operand_range[1] for n in numbers)
+        assert len(numbers) == operands and all(
+            operand_range[0] <= n <= operand_range[1] for n in numbers
+        )
         assert target_range[0] <= target <= target_range[1] and target in solutions[key]
         assert is_held_out(numbers, target) == held_out
         seen[held_out].add((key, target))
@@ -333,8 +409,12 @@ def test_numbers_are_uniform_and_independent() -> None:
     drawn = [countdown_problem(rng, held_out=False)[0] for _ in range(4000)]
     for place in range(3):
         counts = Counter(numbers[place] for numbers in drawn)
-        assert set(counts) == set(range(1, 10)) and all(350 < count < 540 for count in counts.values())
-    assert 0.27 < sum(len(set(numbers)) < 3 for numbers in drawn) / len(drawn) < 0.36  # 1 - 8/9 * 7/9 = 0.31
+        assert set(counts) == set(range(1, 10)) and all(
+            350 < count < 540 for count in counts.values()
+        )
+    assert (
+        0.27 < sum(len(set(numbers)) < 3 for numbers in drawn) / len(drawn) < 0.36
+    )  # 1 - 8/9 * 7/9 = 0.31
 
 
 def test_generated_questions_are_a_function_of_seed_and_place() -> None:
@@ -373,8 +453,14 @@ def test_generated_questions_are_a_function_of_seed_and_place() -> None:
         ({"target_range": (0, 99)}, "--target_range 0 99: "),
         ({"target_range": (99, 1)}, "--target_range 99 1: "),
         ({"target_range": (5,)}, "--target_range 5: "),
-        ({"target_range": (5000, 6000)}, "--target_range 5000 6000: no held-out problem with 3 numbers"),
-        ({"target_range": (5000, 6000), "eval_questions": 0}, "--target_range 5000 6000: no training problem"),
+        (
+            {"target_range": (5000, 6000)},
+            "--target_range 5000 6000: no held-out problem with 3 numbers",
+        ),
+        (
+            {"target_range": (5000, 6000), "eval_questions": 0},
+            "--target_range 5000 6000: no training problem",
+        ),
         ({"eval_questions": 5000}, "--eval_questions 5000: there are only 5"),
         ({"eval_questions": -1}, "--eval_questions -1: "),
         ({"task": "chess"}, "--task chess: there are countdown, gsm8k, math; try countdown"),
@@ -382,7 +468,9 @@ def test_generated_questions_are_a_function_of_seed_and_place() -> None:
 )
 def test_options_that_cannot_work(options: dict, message: str) -> None:
     with pytest.raises(UsageError) as error:
-        load_questions(**{"task": "countdown", "dataset": "", "seed": 0, "eval_questions": 8} | options)
+        load_questions(
+            **{"task": "countdown", "dataset": "", "seed": 0, "eval_questions": 8} | options
+        )
     assert one_line(error).startswith(message)
 
 
@@ -404,7 +492,10 @@ def countdown_rows(count: int) -> list[dict]:
 
 def gsm8k_rows(count: int) -> list[dict]:
     return [
-        {"question": f"How much is {n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>\n#### {n + 1:,}"}
+        {
+            "question": f"How much is {n} + 1?",
+            "answer": f"{n} + 1 = <<{n}+1={n + 1}>>\n#### {n + 1:,}",
+        }
         for n in range(count)
     ]
 
@@ -412,7 +503,11 @@ def gsm8k_rows(count: int) -> list[dict]:
 def math_rows(count: int) -> list[dict]:
     """Rows as DeepScaleR-Preview-Dataset has them."""
     return [
-        {"problem": f"Simplify $\\sqrt{{{n * n}}}$.", "answer": f"\\frac{{{n}}}{{1}}", "solution": "By hand."}
+        {
+            "problem": f"Simplify $\\sqrt{{{n * n}}}$.",
+            "answer": f"\\frac{{{n}}}{{1}}",
+            "solution": "By hand.",
+        }
         for n in range(1, count + 1)
     ]
 
@@ -426,7 +521,9 @@ def write(path: Path, rows: list[dict]) -> str:
     elif path.suffix == ".parquet":
         table.to_parquet(path)
     else:
-        datasets.Dataset.from_list([{k: str(v) for k, v in row.items()} for row in rows]).to_csv(path)
+        datasets.Dataset.from_list([{k: str(v) for k, v in row.items()} for row in rows]).to_csv(
+            path
+        )
     return str(path)
 
 
@@ -439,7 +536,9 @@ def texts(questions: list[dict]) -> Counter:
 def test_local_file(task: str, suffix: str, tmp_path: Path) -> None:
     rows = {"countdown": countdown_rows, "gsm8k": gsm8k_rows, "math": math_rows}[task](120)
     path = write(tmp_path / f"data{suffix}", rows)
-    question_at, held_out = load_questions(task, path, seed=0, eval_questions=1000)  # more than there are: all of them
+    question_at, held_out = load_questions(
+        task, path, seed=0, eval_questions=1000
+    )  # more than there are: all of them
     size = 120 - len(held_out)
     assert 15 < len(held_out) < 60
     expected = [prompts.TASKS[task].read(row) for row in rows]
@@ -453,7 +552,10 @@ def test_local_file(task: str, suffix: str, tmp_path: Path) -> None:
     other_at, same_held_out = load_questions(task, path, seed=1, eval_questions=1000)
     other = [other_at(i) for i in range(size)]
     assert same_held_out == held_out and other != passes[0] and texts(other) == texts(passes[0])
-    assert load_questions(task, path, seed=1, eval_questions=10)[1] == load_questions(task, path, 0, 10)[1]
+    assert (
+        load_questions(task, path, seed=1, eval_questions=10)[1]
+        == load_questions(task, path, 0, 10)[1]
+    )
     for question in passes[0]:
         assert question in expected
 
@@ -471,7 +573,9 @@ def test_rows_become_questions(tmp_path: Path) -> None:
     assert "<answer> </answer>" in gsm8k["question"] and gsm8k["answer"] == {"gold": "1,234"}
     assert gsm8k_reward("<think></think><answer>1234</answer>", **gsm8k["answer"]) == 1.0
     assert prompts.read_gsm8k({"question": "Eggs?", "answer": 18})["answer"] == {"gold": "18"}
-    assert prompts.read_gsm8k({"question": "Eggs?", "answer": "#### -$1.50"})["answer"] == {"gold": "-$1.50"}
+    assert prompts.read_gsm8k({"question": "Eggs?", "answer": "#### -$1.50"})["answer"] == {
+        "gold": "-$1.50"
+    }
 
 
 @pytest.mark.parametrize(
@@ -531,16 +635,23 @@ def test_unusable_rows_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixt
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"--dataset {path}: 2 of 100 rows are damaged or have no usable answer: 5, 10"]
     every = texts([question_at(i) for i in range(98 - len(held_out))]) + texts(held_out)
-    assert every == texts([prompts.read_countdown(row) for row in rows if row not in (rows[4], rows[9])])
+    assert every == texts(
+        [prompts.read_countdown(row) for row in rows if row not in (rows[4], rows[9])]
+    )
 
 
 def test_the_same_question_is_never_on_both_sides(tmp_path: Path) -> None:
     rows = countdown_rows(60)
     rows += [{"target": row["target"], "nums": row["nums"][::-1]} for row in rows]
-    question_at, held_out = load_questions("countdown", write(tmp_path / "data.jsonl", rows), 0, 1000)
+    question_at, held_out = load_questions(
+        "countdown", write(tmp_path / "data.jsonl", rows), 0, 1000
+    )
     train = [question_at(i) for i in range(120 - len(held_out))]
     keys = [
-        {(*sorted(question["answer"]["numbers"]), question["answer"]["target"]) for question in side}
+        {
+            (*sorted(question["answer"]["numbers"]), question["answer"]["target"])
+            for question in side
+        }
         for side in (train, held_out)
     ]
     assert keys[0] and keys[1] and not keys[0] & keys[1]
@@ -556,7 +667,10 @@ BROKEN = {
     "blank.jsonl": (b" \n\n", "unreadable"),
     "none.json": (b"[]", "no data"),
     "header.csv": (b"target,nums\n", "no data"),
-    "half.jsonl": (b'{"target": 3, "nums": [1, 2', "no row is a JSON object: Expecting ',' delimiter"),
+    "half.jsonl": (
+        b'{"target": 3, "nums": [1, 2',
+        "no row is a JSON object: Expecting ',' delimiter",
+    ),
     "half.json": (b'[{"target": 3, "nums": [1, 2]}, {"target": 3, "nu', "unreadable"),
     "half.csv": (b'target,nums\n3,"[1,2]"\n4,"[1,', "line 2: unexpected end of data"),
     "half.parquet": (b"PAR1abcdefgh", "Parquet"),
@@ -565,7 +679,10 @@ BROKEN = {
     "scalars.jsonl": (b"3\n4\n", "unreadable"),
     "nulls.jsonl": (b"null\nnull\n", "no row is a JSON object"),  # pyarrow 26 would end the process
     "strings.json": (b'["a", "b"]', "no row is a JSON object"),
-    "archive.jsonl": (gzip.compress(b'{"target": 3, "nums": [1, 2]}\n')[:-9], "no row is a JSON object"),
+    "archive.jsonl": (
+        gzip.compress(b'{"target": 3, "nums": [1, 2]}\n')[:-9],
+        "no row is a JSON object",
+    ),
     "columns.jsonl": (
         b'{"goal": 3, "numbers": [1, 2]}\n',
         "has the columns goal, numbers; --task countdown reads target and",
@@ -603,7 +720,10 @@ def test_a_broken_file_is_reported_by_one_line_alone(tmp_path: Path) -> None:
         cwd=Path(prompts.__file__).parent,
         env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
     )
-    assert run.stderr.startswith(f"--dataset {path}: unreadable: Parquet magic bytes") and run.stderr.count("\n") == 1
+    assert (
+        run.stderr.startswith(f"--dataset {path}: unreadable: Parquet magic bytes")
+        and run.stderr.count("\n") == 1
+    )
     assert run.returncode == 1 and not run.stdout
 
 
@@ -615,7 +735,9 @@ def on_the_hub(monkeypatch: pytest.MonkeyPatch, **splits: list[dict]) -> list[tu
 
     def load_dataset(*args, **kwargs) -> datasets.DatasetDict:
         calls.append((args, kwargs))
-        return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
+        return datasets.DatasetDict(
+            {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return calls
@@ -627,13 +749,17 @@ def test_gsm8k_has_splits_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     question_at, held_out = load_questions("gsm8k", "", seed=0, eval_questions=1000)
     assert calls == [(("openai/gsm8k", "main"), {})]
     assert texts(held_out) == texts([prompts.read_gsm8k(row) for row in rows[30:]])
-    assert texts([question_at(i) for i in range(30)]) == texts([prompts.read_gsm8k(row) for row in rows[:30]])
+    assert texts([question_at(i) for i in range(30)]) == texts(
+        [prompts.read_gsm8k(row) for row in rows[:30]]
+    )
     some = load_questions("gsm8k", "openai/gsm8k", seed=5, eval_questions=7)[1]
     assert len(texts(some)) == 7 and not texts(some) - texts(held_out)
     assert some == load_questions("gsm8k", "openai/gsm8k", seed=0, eval_questions=7)[1]
 
 
-def test_a_validation_split_serves_where_there_is_no_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_split_serves_where_there_is_no_test_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows = gsm8k_rows(50)
     calls = on_the_hub(monkeypatch, validation=rows[30:], train=rows[:30])
     held_out = load_questions("gsm8k", "someone/else", seed=0, eval_questions=1000)[1]
@@ -649,7 +775,9 @@ def test_tinyzeros_dataset_is_cut_by_position(monkeypatch: pytest.MonkeyPatch) -
     on_the_hub(monkeypatch, train=rows)
     question_at, held_out = load_questions("countdown", name, seed=0, eval_questions=1000)
     assert texts(held_out) == texts([prompts.read_countdown(row) for row in rows[40:48]])
-    assert texts([question_at(i) for i in range(40)]) == texts([prompts.read_countdown(row) for row in rows[:40]])
+    assert texts([question_at(i) for i in range(40)]) == texts(
+        [prompts.read_countdown(row) for row in rows[:40]]
+    )
 
 
 def test_a_single_split_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,7 +793,9 @@ def test_a_single_split_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     "error",
     [
         ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\n(OfflineModeIsEnabled)"),
-        datasets.exceptions.DatasetNotFoundError("Dataset 'x' doesn't exist on the Hub or cannot be accessed."),
+        datasets.exceptions.DatasetNotFoundError(
+            "Dataset 'x' doesn't exist on the Hub or cannot be accessed."
+        ),
         ValueError("BuilderConfig 'main' not found. Available: ['a',\n'b']"),
         RuntimeError("Dataset scripts are no longer supported, but found x.py"),
         StopIteration(),  # a dataset of empty JSON files
@@ -700,8 +830,14 @@ def test_hub_errors(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"problem": "P", "answer": "9" * 2000}, None),
         ({"problem": None, "answer": "7"}, None),
         ({"problem": ["P"], "answer": "7"}, None),
-        ({"problem": "P", "solution": "So \\boxed{1}, no, $\\boxed{\\frac{1}{2}}$."}, "\\frac{1}{2}"),
-        ({"problem": "P", "solution": "\\boxed{\\left\\{ 1 \\right.} and }"}, "\\left\\{ 1 \\right."),
+        (
+            {"problem": "P", "solution": "So \\boxed{1}, no, $\\boxed{\\frac{1}{2}}$."},
+            "\\frac{1}{2}",
+        ),
+        (
+            {"problem": "P", "solution": "\\boxed{\\left\\{ 1 \\right.} and }"},
+            "\\left\\{ 1 \\right.",
+        ),
         ({"problem": "P", "solution": "\\boxed{1"}, None),
         ({"problem": "P", "solution": "The answer is 7."}, None),
         ({"problem": "P", "solution": "\\boxed{}"}, None),
@@ -712,14 +848,21 @@ def test_hub_errors(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_of_mathematics(row: dict, gold: str | None) -> None:
     question = prompts.read_math(row)
     assert (question and question["answer"]) == (gold and {"gold": gold})
-    assert not question or question["question"].startswith("P Show your work in <think> </think> tags.")
+    assert not question or question["question"].startswith(
+        "P Show your work in <think> </think> tags."
+    )
 
 
 # The hub's datasets, as far as their cards tell: columns, forms and splits; a few rows of each.
 DEEPSCALER = {"train": math_rows(40)}
 AIME_2024 = {
     "train": [
-        {"id": n, "problem": f"Find $m+n+{n}$.", "solution": f"It is $\\boxed{{{n:03}}}$.", "answer": f"{n:03}"}
+        {
+            "id": n,
+            "problem": f"Find $m+n+{n}$.",
+            "solution": f"It is $\\boxed{{{n:03}}}$.",
+            "answer": f"{n:03}",
+        }
         | {"url": "https://artofproblemsolving.com/wiki", "year": "2024"}
         for n in range(60, 90)
     ]
@@ -755,7 +898,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def load_dataset(name: str, config: str | None = None) -> datasets.DatasetDict:
         asked.append(name)
         assert config == {"openai/gsm8k": "main"}.get(name)
-        return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in HUB[name].items()})
+        return datasets.DatasetDict(
+            {name: datasets.Dataset.from_list(rows) for name, rows in HUB[name].items()}
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
@@ -769,7 +914,9 @@ def test_mathematics_trains_on_deepscaler_and_is_evaluated_on_aime(hub: list[str
     question_at, held_out = load_questions("math", "", 0, 1000)
     assert texts(held_out) == asked_of("math", AIME_2024["train"]) and len(held_out) == 30
     assert texts([question_at(i) for i in range(40)]) == asked_of("math", DEEPSCALER["train"])
-    assert sorted(hub) == sorted(["HuggingFaceH4/aime_2024", "agentica-org/DeepScaleR-Preview-Dataset"])
+    assert sorted(hub) == sorted(
+        ["HuggingFaceH4/aime_2024", "agentica-org/DeepScaleR-Preview-Dataset"]
+    )
     assert capsys.readouterr() == ("", "")
 
 
@@ -777,7 +924,9 @@ def test_eval_dataset(hub: list[str], capsys) -> None:
     question_at, held_out = load_questions("math", "", 0, 1000, "HuggingFaceH4/MATH-500")
     assert texts(held_out) == asked_of("math", MATH_500["test"])
     assert texts([question_at(i) for i in range(40)]) == asked_of("math", DEEPSCALER["train"])
-    question_at, held_out = load_questions("math", "HuggingFaceH4/MATH-500", 0, 1000, "EleutherAI/hendrycks_math")
+    question_at, held_out = load_questions(
+        "math", "HuggingFaceH4/MATH-500", 0, 1000, "EleutherAI/hendrycks_math"
+    )
     assert texts(held_out) == asked_of("math", MATH["test"])
     assert texts([question_at(i) for i in range(50)]) == asked_of("math", MATH_500["test"])
     # the same dataset twice is as if it had been named once
@@ -788,7 +937,9 @@ def test_eval_dataset(hub: list[str], capsys) -> None:
         and once[0](5) == twice[0](5)
         and not texts(once[1]) & texts([once[0](i) for i in range(99)])
     )
-    assert load_questions("gsm8k", "", 0, 9)[1] == load_questions("gsm8k", "", 0, 9, "openai/gsm8k")[1]
+    assert (
+        load_questions("gsm8k", "", 0, 9)[1] == load_questions("gsm8k", "", 0, 9, "openai/gsm8k")[1]
+    )
     assert capsys.readouterr() == ("", "")
 
 
@@ -796,10 +947,15 @@ def test_what_is_evaluated_is_not_trained_on(tmp_path: Path, capsys) -> None:
     rows = countdown_rows(400)
     rows = list({prompts.countdown_key(row["nums"], row["target"]): row for row in rows}.values())
     train, other = write(tmp_path / "train.jsonl", rows), write(tmp_path / "eval.jsonl", rows[:25])
-    question_at, held_out = load_questions("countdown", train, 0, 9, other)  # however many of the 25 are asked
+    question_at, held_out = load_questions(
+        "countdown", train, 0, 9, other
+    )  # however many of the 25 are asked
     rest = asked_of("countdown", rows[25:])
     assert texts([question_at(i) for i in range(len(rows) - 25)]) == rest and len(held_out) == 9
-    assert capsys.readouterr().err == f"{train}: 25 of its rows are also in the evaluation, and not trained on\n"
+    assert (
+        capsys.readouterr().err
+        == f"{train}: 25 of its rows are also in the evaluation, and not trained on\n"
+    )
     # problems made on the spot are not those of the file either, in whatever order
     question_at, held_out = load_questions("countdown", "", 0, 1000, other, operands=3)
     evaluated = {prompts.countdown_key(**question["answer"]) for question in held_out}
@@ -818,7 +974,9 @@ def test_eval_only(hub: list[str], tmp_path: Path, capsys) -> None:
 
     aime, math_500 = "HuggingFaceH4/aime_2024", "HuggingFaceH4/MATH-500"
     assert evaluated("math", "", 0, 1000) == asked_of("math", AIME_2024["train"]) and hub == [aime]
-    assert evaluated("math", "", 0, 1000, math_500) == asked_of("math", MATH_500["test"]) and hub == [aime, math_500]
+    assert evaluated("math", "", 0, 1000, math_500) == asked_of(
+        "math", MATH_500["test"]
+    ) and hub == [aime, math_500]
     assert evaluated("math", math_500, 0, 1000) == asked_of("math", MATH_500["test"])
     assert evaluated("gsm8k", "", 0, 1000) == asked_of("gsm8k", HUB["openai/gsm8k"]["test"])
     assert capsys.readouterr() == ("", "")
@@ -871,7 +1029,9 @@ def test_json_with_its_rows_under_data(tmp_path: Path) -> None:
     rows, path = math_rows(60), tmp_path / "data.json"
     path.write_text(json.dumps({"version": 1, "data": rows}))
     question_at, held_out = load_questions("math", str(path), 0, 1000)
-    assert texts([question_at(i) for i in range(60 - len(held_out))]) + texts(held_out) == asked_of("math", rows)
+    assert texts([question_at(i) for i in range(60 - len(held_out))]) + texts(held_out) == asked_of(
+        "math", rows
+    )
 
 
 def test_a_folder_with_a_copy_of_a_hub_dataset(tmp_path: Path) -> None:
@@ -882,7 +1042,8 @@ def test_a_folder_with_a_copy_of_a_hub_dataset(tmp_path: Path) -> None:
         (tmp_path / "gsm8k" / config).mkdir(parents=True)
         for split, part in (("train", rows[:30]), ("test", rows[30:])):
             write(
-                tmp_path / "gsm8k" / config / f"{split}-00000-of-00001.parquet", part if config == "main" else rows[:1]
+                tmp_path / "gsm8k" / config / f"{split}-00000-of-00001.parquet",
+                part if config == "main" else rows[:1],
             )
             card += f"  - split: {split}\n    path: {config}/{split}-*\n"
     (tmp_path / "gsm8k/README.md").write_text(card + "---\n")
@@ -901,27 +1062,43 @@ def test_a_folder_with_a_copy_of_a_hub_dataset(tmp_path: Path) -> None:
 
 def test_without_a_hub(capfd) -> None:
     """HF_HUB_OFFLINE, which conftest.py sets, and no network end alike: in datasets' ConnectionError."""
-    for option, given in (("dataset", ("nobody/nothing",)), ("eval_dataset", ("", 0, 8, "nobody/nothing"))):
+    for option, given in (
+        ("dataset", ("nobody/nothing",)),
+        ("eval_dataset", ("", 0, 8, "nobody/nothing")),
+    ):
         with pytest.raises(UsageError) as error:
             load_questions("math", *(given if len(given) > 1 else (*given, 0, 8)))
         message = one_line(error)
-        assert message.startswith(f"--{option} nobody/nothing: could not be fetched from the Hugging Face hub (")
-        assert f"try --{option} with a folder or file" in message and "default recipe, which needs nothing" in message
+        assert message.startswith(
+            f"--{option} nobody/nothing: could not be fetched from the Hugging Face hub ("
+        )
+        assert (
+            f"try --{option} with a folder or file" in message
+            and "default recipe, which needs nothing" in message
+        )
     assert capfd.readouterr() == ("", "")
 
 
 def bytes_tokenizer(model_max_length: int = 64) -> PreTrainedTokenizerFast:
     """A token for each byte: as many as a tokenizer can make of a text. And a BOS that the base template needs."""
-    vocabulary = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>"])}
+    vocabulary = {
+        token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>"])
+    }
     made = Tokenizer(BPE(vocabulary, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", model_max_length=model_max_length)
+    made.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", model_max_length=model_max_length
+    )
 
 
 @pytest.mark.parametrize("template", ["base", "chat"])
 @pytest.mark.parametrize("place", [4, 40])  # held out, and to train on
-def test_a_prompt_that_is_too_long_is_left_out_and_named(template: str, place: int, tmp_path: Path, capfd) -> None:
+def test_a_prompt_that_is_too_long_is_left_out_and_named(
+    template: str, place: int, tmp_path: Path, capfd
+) -> None:
     rows = math_rows(60)
     rows[place]["problem"] = "é" * 500
     path, text = write(tmp_path / "data.jsonl", rows), bytes_tokenizer()
@@ -948,28 +1125,39 @@ def test_a_prompt_that_is_too_long_is_left_out_and_named(template: str, place: i
 
 
 def gsm8k_as_math(count: int) -> list[dict]:
-    return [{"problem": row["question"], "answer": row["answer"].split()[-1]} for row in gsm8k_rows(count)]
+    return [
+        {"problem": row["question"], "answer": row["answer"].split()[-1]}
+        for row in gsm8k_rows(count)
+    ]
 
 
 def test_where_all_prompts_are_too_long_one_is_named(hub: list[str]) -> None:
     options = {"tokenizer": bytes_tokenizer(400), "max_new_tokens": 10}
-    with pytest.raises(UsageError, match="^--dataset openai/gsm8k: row 1 of its test split makes a prompt of"):
+    with pytest.raises(
+        UsageError, match="^--dataset openai/gsm8k: row 1 of its test split makes a prompt of"
+    ):
         load_questions("gsm8k", "", 0, 8, **options)
-    with pytest.raises(UsageError, match="^--task countdown: held-out question 1 makes a prompt of"):
+    with pytest.raises(
+        UsageError, match="^--task countdown: held-out question 1 makes a prompt of"
+    ):
         load_questions("countdown", "", 0, 8, **options)
     with pytest.raises(UsageError) as error:
         load_questions("countdown", "", 0, 8, **options | {"max_new_tokens": 400})
     assert one_line(error).startswith("--max_new_tokens 400: the model reads 400 in all; try 200")
 
 
-def test_a_question_made_for_training_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_made_for_training_that_is_too_long_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def question(rng: random.Random, held_out: bool) -> dict:
         long = not held_out and rng.random() < 0.5
         return {"question": f"{rng.random()}" + " long" * 300 * long, "answer": {}}
 
     made = prompts.Task(lambda text: 0.0, generate=question, options=("held_out",))
     monkeypatch.setitem(prompts.TASKS, "made", made)
-    question_at, _ = load_questions("made", "", 0, 8, tokenizer=bytes_tokenizer(1500), max_new_tokens=10)
+    question_at, _ = load_questions(
+        "made", "", 0, 8, tokenizer=bytes_tokenizer(1500), max_new_tokens=10
+    )
     refused = []
     for i in range(40):
         try:
@@ -992,10 +1180,11 @@ def test_only_prompts_that_may_be_too_long_are_tokenized(tmp_path: Path) -> None
 
 
 def test_importing_has_no_side_effect() -> None:
-    code = (
-        "import prompts, rewards, sys; print(sorted({'torch', 'datasets', 'transformers', 'numpy'} & set(sys.modules)))"
-    )
+    code = "import prompts, rewards, sys; print(sorted({'torch', 'datasets', 'transformers', 'numpy'} & set(sys.modules)))"
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(prompts.__file__).parent
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(prompts.__file__).parent,
     )
     assert (run.stdout, run.stderr) == ("[]\n", "")

@@ -43,7 +43,9 @@ from R1ZeroTrain import Config, parse_config
 ROOT = Path(R1ZeroTrain.__file__).parent
 PATH = ROOT / "README.md"
 README = PATH.read_text()
-MODULES = {name: (ROOT / name).read_text() for name in ("R1ZeroTrain.py", "rewards.py", "prompts.py")}
+MODULES = {
+    name: (ROOT / name).read_text() for name in ("R1ZeroTrain.py", "rewards.py", "prompts.py")
+}
 REWRITE = "uv run tests/test_readme.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -85,14 +87,18 @@ def line_of(text: str, name: str, title: str | None) -> int:
         found = [i for i, line in enumerate(MODULES[name].splitlines(), 1) if title in line]
     else:
         found = [line for defined, line in definitions(MODULES[name]) if defined == text.strip("`")]
-    assert len(found) == 1, f"{name}: {title or text} stands on the lines {found}, and a link has to name one"
+    assert len(found) == 1, (
+        f"{name}: {title or text} stands on the lines {found}, and a link has to name one"
+    )
     return found[0]
 
 
 def with_true_lines(text: str) -> str:
     def link(match: re.Match) -> str:
         label, name, _, title = match.groups()
-        return f"[{label}]({name}#L{line_of(label, name, title)}" + (f' "{title}")' if title else ")")
+        return f"[{label}]({name}#L{line_of(label, name, title)}" + (
+            f' "{title}")' if title else ")"
+        )
 
     return TO_CODE.sub(link, text)
 
@@ -112,7 +118,9 @@ def test_the_layout_has_every_section_of_the_script() -> None:
     sections = re.findall(r"^# ---- (.*?) -+$", MODULES["R1ZeroTrain.py"], re.MULTILINE)
     titles = [title for *_, title in TO_CODE.findall(section("How the project is laid out"))]
     assert len(sections) > 5
-    assert [f"# ---- {name}" for name in sections] == [title for title in titles if title.startswith("# ----")]
+    assert [f"# ---- {name}" for name in sections] == [
+        title for title in titles if title.startswith("# ----")
+    ]
 
 
 def slug(heading: str) -> str:
@@ -129,14 +137,20 @@ def test_links_inside_the_repository_resolve() -> None:
         assert (ROOT / path).exists(), link
         assert path or anchor in anchors, link
         assert not path or not anchor or TO_CODE.search(f"[x]({link})"), link
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     for path in {link.partition("#")[0] for link in links} - {""}:  # where it is a clone
-        assert not tracked or any(name == path or name.startswith(f"{path.rstrip('/')}/") for name in tracked), path
+        assert not tracked or any(
+            name == path or name.startswith(f"{path.rstrip('/')}/") for name in tracked
+        ), path
 
 
 def test_contents_name_every_section() -> None:
     listed = re.findall(r"\[([^\]]+)\]\(#", README.split("\n## ", 1)[0])
-    assert listed == re.findall(r"^## (.*)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)
+    assert listed == re.findall(
+        r"^## (.*)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE
+    )
 
 
 def test_lines_are_not_too_long() -> None:
@@ -155,8 +169,16 @@ SHAPES = {
     "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152_064, False),
 }
 PROMPT = 200  # tokens of a prompt, where a computation needs some
-A100 = {"operations_per_second": 312e12, "bytes_per_second": 2.0e12, "kind": "cuda"}  # bfloat16, its data sheet
-M1_MAX = {"operations_per_second": 10.4e12, "bytes_per_second": 0.4e12, "kind": "mps"}  # float32, its data sheet
+A100 = {
+    "operations_per_second": 312e12,
+    "bytes_per_second": 2.0e12,
+    "kind": "cuda",
+}  # bfloat16, its data sheet
+M1_MAX = {
+    "operations_per_second": 10.4e12,
+    "bytes_per_second": 0.4e12,
+    "kind": "mps",
+}  # float32, its data sheet
 
 
 def model_of(name: str, attention: str = "sdpa"):
@@ -209,9 +231,14 @@ def plan(cfg: Config, attention: str = "sdpa") -> SimpleNamespace:
     if cfg.gradient_checkpointing:  # the layers' inputs, and what one layer keeps
         width, _, layers, *_ = SHAPES[cfg.model]
         batch = batch / layers + 4 * width * layers * size * length
-    parts = {"states": (20 if cfg.kl_beta else 16) * numbers, "sampler": 2 * numbers * (cfg.dtype == "bfloat16")}
+    parts = {
+        "states": (20 if cfg.kl_beta else 16) * numbers,
+        "sampler": 2 * numbers * (cfg.dtype == "bfloat16"),
+    }
     parts |= {"batch": batch}
-    return SimpleNamespace(**{name: value / 1e9 for name, value in parts.items()}, all=sum(parts.values()) / 1e9)
+    return SimpleNamespace(
+        **{name: value / 1e9 for name, value in parts.items()}, all=sum(parts.values()) / 1e9
+    )
 
 
 def least_seconds(cfg: Config, machine: dict) -> float:
@@ -219,14 +246,26 @@ def least_seconds(cfg: Config, machine: dict) -> float:
     width, inner, layers, heads, kv_heads, vocabulary, _ = SHAPES[cfg.model]
     kv = kv_heads * width // heads
     body = layers * (2 * width * width + 2 * width * kv + 3 * width * inner)
-    facts = {"body": body, "head": width * vocabulary, "attention": layers * width, "kv": 2 * layers * kv}
-    sizes = {"questions": cfg.questions_per_step, "group": cfg.group_size, "new_tokens": cfg.max_new_tokens}
+    facts = {
+        "body": body,
+        "head": width * vocabulary,
+        "attention": layers * width,
+        "kv": 2 * layers * kv,
+    }
+    sizes = {
+        "questions": cfg.questions_per_step,
+        "group": cfg.group_size,
+        "new_tokens": cfg.max_new_tokens,
+    }
     fixed = {"prompt_tokens": PROMPT, "steps": 1, "device": "", "options": {}, "trl_rows": 0}
     work = Work("", "", **sizes, **fixed, dtype=cfg.dtype, trl_checkpointing=False)
     facts |= {"prompt": PROMPT} | machine
     questions = max(1, cfg.rollout_rows // cfg.group_size)  # that are sampled at once
     part = Work(**vars(work) | {"questions": questions})
-    return ceil(work.questions / questions) * limit(facts, part)["sampling"] + limit(facts, work)["update"]
+    return (
+        ceil(work.questions / questions) * limit(facts, part)["sampling"]
+        + limit(facts, work)["update"]
+    )
 
 
 def row(*cells: object) -> str:
@@ -278,11 +317,16 @@ def communication_rows() -> list[str]:
     found = []
     for label, name in COMPARED.items():
         width, *_, vocabulary, _ = SHAPES[name]
-        every, head = parameters(name), width * vocabulary + width  # the head and its norm are gathered once, and kept
+        every, head = (
+            parameters(name),
+            width * vocabulary + width,
+        )  # the head and its norm are gathered once, and kept
         sizes = {
             "DDP": 2 * 4 * every,  # float32 gradients are scattered and gathered
             "sampler": 2 * every,  # bfloat16
-            "policy": 2 * every + 2 * (every - head) + 4 * every,  # forward, backward, float32 gradients
+            "policy": 2 * every
+            + 2 * (every - head)
+            + 4 * every,  # forward, backward, float32 gradients
             "reference": 2 * (every - head),
         }
 
@@ -348,11 +392,19 @@ def test_what_the_text_says_of_memory_is_true() -> None:
 
 def test_what_the_text_says_of_the_problems_is_true() -> None:
     every = combinations_with_replacement(range(1, 10), 3)
-    problems = [(list(x), target) for x in every for target in reachable_targets(list(x)) if 1 <= target <= 99]
+    problems = [
+        (list(x), target)
+        for x in every
+        for target in reachable_targets(list(x))
+        if 1 <= target <= 99
+    ]
     assert len(problems) == len({countdown_key(*problem) for problem in problems})
     training = sum(not is_held_out(*problem) for problem in problems)
     layout = section("How the project is laid out")
-    assert f"There are {len(problems):,} such problems" in layout and f"{round(training, -2):,} training" in layout
+    assert (
+        f"There are {len(problems):,} such problems" in layout
+        and f"{round(training, -2):,} training" in layout
+    )
 
 
 def test_the_default_runs_table_is_possible_and_as_its_study_demands() -> None:
@@ -369,7 +421,13 @@ def test_the_default_runs_table_is_possible_and_as_its_study_demands() -> None:
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
-SIZES = {"steps": 1, "questions_per_step": 2, "group_size": 2, "max_new_tokens": 8, "eval_questions": 4}
+SIZES = {
+    "steps": 1,
+    "questions_per_step": 2,
+    "group_size": 2,
+    "max_new_tokens": 8,
+    "eval_questions": 4,
+}
 SMALL = [*typed(SIZES), "--device", "cpu"]
 
 
@@ -377,9 +435,17 @@ def commands() -> list[str]:
     """Each command of the README once, without comments: the lines of its sh blocks, and what its text has in `...`."""
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    lines += [code for code in named(text) if code.startswith("uv run ") and not code.endswith("--extra math")]
+    lines += [
+        code
+        for code in named(text)
+        if code.startswith("uv run ") and not code.endswith("--extra math")
+    ]
     words = [shlex.split(line, comments=True) for line in lines]
-    return list(dict.fromkeys(" ".join(shlex.quote(w) if " " in w else w for w in line) for line in words if line))
+    return list(
+        dict.fromkeys(
+            " ".join(shlex.quote(w) if " " in w else w for w in line) for line in words if line
+        )
+    )
 
 
 def script_words(command: str) -> list[str] | None:
@@ -409,7 +475,11 @@ RUN_ELSEWHERE = {
     REWRITE: "test_rewriting_changes_nothing_that_is_true",
 }
 PARSED = [  # they need the hub, GPUs, TRL or minutes
-    *(command for command in commands() if script_words(command) and command not in [*RUN_HERE, *RUN_ELSEWHERE]),
+    *(
+        command
+        for command in commands()
+        if script_words(command) and command not in [*RUN_HERE, *RUN_ELSEWHERE]
+    ),
     *(command for command in commands() if command.startswith("uv run accelerate launch ")),
     "uv run --with trl tests/benchmark.py",
     "uv run tests/benchmark.py --flatness",
@@ -420,7 +490,14 @@ PARSED = [  # they need the hub, GPUs, TRL or minutes
 
 def names_of_tests() -> set[str]:
     texts = {path.name: path.read_text() for path in Path(__file__).parent.glob("*.py")}
-    return {*texts, *(name for text in texts.values() for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE))}
+    return {
+        *texts,
+        *(
+            name
+            for text in texts.values()
+            for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+        ),
+    }
 
 
 def test_every_command_is_checked_somehow() -> None:
@@ -470,7 +547,11 @@ def test_commands_that_need_no_hub_run(ran: SimpleNamespace) -> None:
 def test_the_files_of_a_run_and_their_names_are_explained(ran: SimpleNamespace) -> None:
     files = {cells[0].strip("`/") for cells in rows(section("The files of a run"), "| file |")}
     assert files == {path.name for path in ran.run_dir.iterdir()}
-    explained = {name for cells in rows(section("The files of a run"), "| name |") for name in named(cells[0])}
+    explained = {
+        name
+        for cells in rows(section("The files of a run"), "| name |")
+        for name in named(cells[0])
+    }
     lines = [json.loads(line) for line in (ran.run_dir / "metrics.jsonl").read_text().splitlines()]
     written = {name for line in lines for name in line if not name.endswith("_interval")} - {"step"}
     assert explained - {"<name>_interval"} == written
@@ -522,17 +603,30 @@ def test_launch_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_benchmarks_options_exist() -> None:
-    shown = subprocess.run([sys.executable, "tests/benchmark.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "tests/benchmark.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     offered = dict(re.findall(r"\[(--\w+) ?(.*?)\]", shown.stdout))
     for command in PARSED:
         if "tests/benchmark.py" in command:
-            for option, value in re.findall(r"(--\w+) ?([^-\s]\S*)?", command.partition("tests/benchmark.py")[2]):
+            for option, value in re.findall(
+                r"(--\w+) ?([^-\s]\S*)?", command.partition("tests/benchmark.py")[2]
+            ):
                 kind = offered[option]  # "" of a flag, {a,b} of choices, else a name
-                assert value in kind.strip("{}").split(",") or (kind.isupper() and value.isdigit()), option
+                assert value in kind.strip("{}").split(",") or (
+                    kind.isupper() and value.isdigit()
+                ), option
 
 
 def test_options_named_in_the_text_exist() -> None:
-    others = {"--help", "--use_fsdp", "--fsdp_version", "--num_processes", "--machine_rank", "--config_file"}
+    others = {
+        "--help",
+        "--use_fsdp",
+        "--fsdp_version",
+        "--num_processes",
+        "--machine_rank",
+        "--config_file",
+    }
     known = {f"--{field.name}" for field in fields(Config)} | others
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     codes = [code for code in named(text) if not code.startswith(("uv ", "accelerate "))]
@@ -540,7 +634,11 @@ def test_options_named_in_the_text_exist() -> None:
     assert len(found) > 25
     assert found <= known, found - known
     for code in codes:  # an option with its values is one that works
-        if re.match(r"--\w+ \S", code) and "…" not in code and not re.search(r"runs/|[A-Z]\b|others", code):
+        if (
+            re.match(r"--\w+ \S", code)
+            and "…" not in code
+            and not re.search(r"runs/|[A-Z]\b|others", code)
+        ):
             words = shlex.split(code)
             if words[0] in known - others:
                 parse_config(words)
@@ -560,7 +658,9 @@ def test_promises_name_tests_that_exist() -> None:
 
 def test_what_is_quoted_from_the_log_is_what_the_code_says() -> None:
     """In the troubleshooting table, `"..."` quotes a message: piece by piece, where … leaves something out."""
-    code = "".join(re.sub(r'"\n\s*f?"', "", text) for text in MODULES.values())  # strings that go on in the next line
+    code = "".join(
+        re.sub(r'"\n\s*f?"', "", text) for text in MODULES.values()
+    )  # strings that go on in the next line
     quotes = re.findall(r'`"([^`]+)"`', section("Troubleshooting"))
     assert len(quotes) >= 6
     for quote in quotes:
@@ -569,7 +669,11 @@ def test_what_is_quoted_from_the_log_is_what_the_code_says() -> None:
 
 
 def test_names_in_the_troubleshooting_are_in_the_log() -> None:
-    explained = {name for cells in rows(section("The files of a run"), "| name |") for name in named(cells[0])}
+    explained = {
+        name
+        for cells in rows(section("The files of a run"), "| name |")
+        for name in named(cells[0])
+    }
     fields_of = {field.name for field in fields(Config)}
     for cells in rows(section("Troubleshooting"), "| what you see |"):
         names = [name for name in named(cells[0]) if re.fullmatch(r"[a-z_@0-9]+", name)]
@@ -587,7 +691,18 @@ def test_the_citation_invents_nothing() -> None:
 
 def test_symbols_of_the_equations_are_all_there() -> None:
     symbols = " ".join(cells[0] for cells in rows(README, "| symbol |"))
-    wanted = ["pi_\\theta", "pi_{\\theta_{old}}", "pi_{ref}", "A_i", "r_i", "$G$", "$q$", "o_i", "varepsilon", "beta"]
+    wanted = [
+        "pi_\\theta",
+        "pi_{\\theta_{old}}",
+        "pi_{ref}",
+        "A_i",
+        "r_i",
+        "$G$",
+        "$q$",
+        "o_i",
+        "varepsilon",
+        "beta",
+    ]
     for symbol in [*wanted, "D}_{KL}", "mathrm{mean}", "mathrm{std}", "min", "clip"]:
         assert symbol in symbols, symbol
 
@@ -599,7 +714,9 @@ def test_rewriting_changes_nothing_that_is_true() -> None:
 def test_a_moved_line_and_a_wrong_figure_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODULES, "R1ZeroTrain.py", "\n" + MODULES["R1ZeroTrain.py"])
     moved = with_true_lines(README)
-    old, new = ([int(number) for *_, number, _ in TO_CODE.findall(text)] for text in (README, moved))
+    old, new = (
+        [int(number) for *_, number, _ in TO_CODE.findall(text)] for text in (README, moved)
+    )
     shifts = {b - a for a, b in zip(old, new, strict=True)}
     assert shifts <= {0, 1} and 1 in shifts
     assert with_true_tables(README.replace("**1.4 GB**", "**1.3 GB**")) == README

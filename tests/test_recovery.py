@@ -35,7 +35,9 @@ KILLS = [pytest.param(3, id="short"), pytest.param(20, id="full", marks=pytest.m
 
 @pytest.fixture(autouse=True)
 def _letter_reward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TASKS, "countdown", dataclasses.replace(TASKS["countdown"], reward=letter_reward))
+    monkeypatch.setitem(
+        TASKS, "countdown", dataclasses.replace(TASKS["countdown"], reward=letter_reward)
+    )
 
 
 def child(words: list[str], output: Path, file_limit: int | None) -> None:
@@ -65,8 +67,20 @@ class Runs:
     def start(self, run_dir: Path, file_limit: int | None = None) -> multiprocessing.Process:
         """Begins the run, or goes on with what is left of it: a run that was killed before it had a name begins."""
         options = {
-            **{"model": self.model, "run_dir": run_dir, "steps": STEPS, "lr": 0.01, "max_new_tokens": 8},
-            **{"questions_per_step": 2, "group_size": 4, "eval_questions": 4, "save_every": 2, "eval_every": 4},
+            **{
+                "model": self.model,
+                "run_dir": run_dir,
+                "steps": STEPS,
+                "lr": 0.01,
+                "max_new_tokens": 8,
+            },
+            **{
+                "questions_per_step": 2,
+                "group_size": 4,
+                "eval_questions": 4,
+                "save_every": 2,
+                "eval_every": 4,
+            },
             **{"device": "cpu"},
         }
         words = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
@@ -87,7 +101,9 @@ def what_it_achieved(run_dir: Path) -> dict:
     return {
         "weights": (run_dir / "model/model.safetensors").read_bytes(),
         "best": (run_dir / "best/model.safetensors").read_bytes(),
-        "metrics": [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines],
+        "metrics": [
+            {name: value for name, value in line.items() if name not in TIMINGS} for line in lines
+        ],
         "completions": (run_dir / "completions.jsonl").read_bytes(),
     }
 
@@ -106,7 +122,9 @@ def undisturbed(runs: Runs) -> tuple[dict, float]:
     took = time.perf_counter() - began
     achieved = what_it_achieved(runs.folder / "undisturbed")
     assert [line["step"] for line in achieved["metrics"]] == list(range(STEPS + 1))
-    assert achieved["weights"] != (runs.model / "model.safetensors").read_bytes(), "else nothing was learned"
+    assert achieved["weights"] != (runs.model / "model.safetensors").read_bytes(), (
+        "else nothing was learned"
+    )
     return achieved, took
 
 
@@ -119,7 +137,9 @@ def wait_for(condition: Callable[[], bool], process: multiprocessing.Process) ->
 
 
 @pytest.mark.parametrize("kills", KILLS)
-def test_a_killed_run_ends_as_if_nothing_had_been(runs: Runs, undisturbed: tuple, tmp_path: Path, kills: int) -> None:
+def test_a_killed_run_ends_as_if_nothing_had_been(
+    runs: Runs, undisturbed: tuple, tmp_path: Path, kills: int
+) -> None:
     achieved, took = undisturbed
     rng, hits = random.Random(kills), 0
     for kill in range(kills):
@@ -161,12 +181,16 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on_later(
         if not (run_dir / "model").exists():  # else it was done anyway
             done = len((run_dir / "metrics.jsonl").read_text().splitlines())
             assert f"To go on: uv run R1ZeroTrain.py --resume {run_dir}" in said
-            assert read_checkpoint(str(run_dir))["step"] == done, "the step that was under way is finished and saved"
+            assert read_checkpoint(str(run_dir))["step"] == done, (
+                "the step that was under way is finished and saved"
+            )
         runs.finish(run_dir)
         assert what_it_achieved(run_dir) == achieved
 
 
-def test_a_second_ctrl_c_ends_at_once(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_ends_at_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def impatient(*args: object, **more: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -181,7 +205,9 @@ def test_a_second_ctrl_c_ends_at_once(tiny_llama: Path, tmp_path: Path, monkeypa
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_costs_checkpoints_and_nothing_else(runs: Runs, undisturbed: tuple, tmp_path: Path) -> None:
+def test_a_full_disk_costs_checkpoints_and_nothing_else(
+    runs: Runs, undisturbed: tuple, tmp_path: Path
+) -> None:
     """The system refuses to write files longer than a limit that lies between the model's and the checkpoint's."""
     achieved, _ = undisturbed
     model = (runs.model / "model.safetensors").stat().st_size
@@ -211,10 +237,14 @@ def test_without_room_for_the_model_the_run_ends_with_a_line_and_can_be_finished
     runs: Runs, undisturbed: tuple, tmp_path: Path
 ) -> None:
     before = runs.output.stat().st_size
-    process = runs.start(tmp_path / "run", file_limit=(runs.model / "model.safetensors").stat().st_size // 2)
+    process = runs.start(
+        tmp_path / "run", file_limit=(runs.model / "model.safetensors").stat().st_size // 2
+    )
     process.join(60)
     last = runs.output.read_bytes()[before:].decode().splitlines()[-1]
-    assert process.exitcode == 2 and last.startswith(f"R1ZeroTrain.py: {tmp_path / 'run/model'} cannot be written (")
+    assert process.exitcode == 2 and last.startswith(
+        f"R1ZeroTrain.py: {tmp_path / 'run/model'} cannot be written ("
+    )
     assert last.endswith(f"; free some space, then try --resume {tmp_path / 'run'}")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         *("config.json", "metrics.jsonl", "completions.jsonl", "checkpoint")
@@ -233,7 +263,9 @@ def longest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_log_loses_no_line_to_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_loses_no_line_to_a_full_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = rewards.Log(tmp_path / "log.jsonl")
     log.append([{"step": 0, "text": "x" * 1000}])
     with longest_file(2500):
@@ -270,7 +302,9 @@ def stopped(runs: Runs, undisturbed: tuple, tmp_path: Path) -> Path:
     wait_for(lambda: any(run_dir.glob("checkpoint/00000004-*")), process)
     process.kill()
     process.join()
-    for older in sorted(run_dir.glob("checkpoint/*.pt"))[:-1]:  # it may have been killed just before this
+    for older in sorted(run_dir.glob("checkpoint/*.pt"))[
+        :-1
+    ]:  # it may have been killed just before this
         older.unlink()
     return run_dir
 
@@ -279,17 +313,26 @@ def refusal(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """What --resume says when it refuses the run, in a line."""
     before = sorted((path, path.read_bytes()) for path in run_dir.rglob("*.jsonl"))
     assert R1ZeroTrain.run(["--resume", str(run_dir)]) == 2
-    assert sorted((path, path.read_bytes()) for path in run_dir.rglob("*.jsonl")) == before, "nothing is lost by it"
+    assert sorted((path, path.read_bytes()) for path in run_dir.rglob("*.jsonl")) == before, (
+        "nothing is lost by it"
+    )
     return capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = rewards.newest_whole(stopped / "checkpoint")
     whole = path.read_bytes()
     rng = random.Random(0)
-    damaged = [whole[: len(whole) * tenth // 10] for tenth in range(10)] + [whole[:-1], whole + b"\0"]
+    damaged = [whole[: len(whole) * tenth // 10] for tenth in range(10)] + [
+        whole[:-1],
+        whole + b"\0",
+    ]
     for place in rng.sample(range(len(whole)), 10):
-        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+        damaged.append(
+            whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :]
+        )
     for content in damaged:
         path.write_bytes(content)
         assert f"{path} is damaged" in refusal(stopped, capsys)
@@ -312,11 +355,17 @@ class Evil:
 
 
 def test_a_checkpoint_with_code_is_refused_and_the_code_not_run(
-    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stopped: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     old = rewards.newest_whole(stopped / "checkpoint")
-    for write in (lambda file: torch.save({"step": 5, "policy": Evil()}, file), lambda file: pickle.dump(Evil(), file)):
+    for write in (
+        lambda file: torch.save({"step": 5, "policy": Evil()}, file),
+        lambda file: pickle.dump(Evil(), file),
+    ):
         old.unlink()
         old = rewards.write_whole(stopped / "checkpoint/00000005-{sha256}.pt", write)
         assert f"{old} is no checkpoint" in refusal(stopped, capsys)
@@ -324,7 +373,9 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_not_run(
 
 
 @pytest.mark.parametrize("part", ["weights", "names", "states"])
-def test_a_checkpoint_of_another_model_is_refused(part: str, stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_model_is_refused(
+    part: str, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old = rewards.newest_whole(stopped / "checkpoint")
     saved = torch.load(old, weights_only=True)
     if part == "weights":
@@ -334,12 +385,16 @@ def test_a_checkpoint_of_another_model_is_refused(part: str, stopped: Path, caps
     else:  # as torch's optimizer numbers them
         saved["optimizer"]["state"] = dict(enumerate(saved["optimizer"]["state"].values()))
     old.unlink()
-    rewards.write_whole(stopped / "checkpoint/00000005-{sha256}.pt", lambda file: torch.save(saved, file))
+    rewards.write_whole(
+        stopped / "checkpoint/00000005-{sha256}.pt", lambda file: torch.save(saved, file)
+    )
     assert "is not a run of" in (said := refusal(stopped, capsys)) and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
-def test_a_damaged_log_is_refused_by_name(stopped: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_damaged_log_is_refused_by_name(
+    stopped: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     log = stopped / name
     log.write_bytes(b"\xff" + log.read_bytes()[1:])
     assert f"{log}: is damaged" in refusal(stopped, capsys)
@@ -347,11 +402,24 @@ def test_a_damaged_log_is_refused_by_name(stopped: Path, capsys: pytest.CaptureF
 
 # --- numbers that are not finite, rewards that are all equal ---------------------------------------------------------
 
-SMALL = ["--steps", "7", "--questions_per_step", "2", "--group_size", "4", "--max_new_tokens", "8", "--device", "cpu"]
+SMALL = [
+    "--steps",
+    "7",
+    "--questions_per_step",
+    "2",
+    "--group_size",
+    "4",
+    "--max_new_tokens",
+    "8",
+    "--device",
+    "cpu",
+]
 SMALL += ["--eval_questions", "4", "--save_every", "1", "--lr", "0.01"]
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> list[list[torch.Tensor]]:
+def poison(
+    monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float
+) -> list[list[torch.Tensor]]:
     """Makes the loss of these steps `value`; returns the weights as each update found them."""
     seen, update, grpo_loss = [], R1ZeroTrain.update, R1ZeroTrain.grpo_loss
     now = []
@@ -380,17 +448,33 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
     assert moved == [True, False, False, True, False, True, True]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_updates"] for line in lines] == [0, 1, 1, 0, 1, 0, 0, 0]
-    assert [line["grad_norm"] is None for line in lines] == [False, True, True, False, True, False, False, False]
+    assert [line["grad_norm"] is None for line in lines] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert all(bool(p.isfinite().all()) for weights in seen for p in weights)
 
 
 def test_five_such_updates_in_a_row_end_the_run_and_name_its_checkpoint(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     poison(monkeypatch, {1, 2, 3, 4, 5}, math.nan)
     assert R1ZeroTrain.run(["--model", str(tiny_llama), "--run_dir", str(tmp_path), *SMALL]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "--lr 0.01" in said and f"try --resume {tmp_path} --lr 0.001" in said and "not finite" in said
+    assert (
+        "--lr 0.01" in said
+        and f"try --resume {tmp_path} --lr 0.001" in said
+        and "not finite" in said
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
     state = read_checkpoint(str(tmp_path))
@@ -412,9 +496,14 @@ def test_twenty_steps_of_equal_rewards_are_explained_once(tmp_path: Path) -> Non
 
 
 def test_a_run_without_a_reward_says_so(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(TASKS, "countdown", dataclasses.replace(TASKS["countdown"], reward=lambda *_, **__: 0.0))
+    monkeypatch.setitem(
+        TASKS, "countdown", dataclasses.replace(TASKS["countdown"], reward=lambda *_, **__: 0.0)
+    )
     words = [*SMALL, "--steps", "20", "--save_every", "0", "--kl_beta", "0"]
     main(parse_config(["--model", str(tiny_llama), "--run_dir", str(tmp_path), *words]))
     printed = capsys.readouterr()
@@ -426,7 +515,9 @@ def test_a_run_without_a_reward_says_so(
 # --- out of memory ---------------------------------------------------------------------------------------------------
 
 
-def fail(monkeypatch: pytest.MonkeyPatch, name: str, calls: set[int], error: Exception) -> list[Config]:
+def fail(
+    monkeypatch: pytest.MonkeyPatch, name: str, calls: set[int], error: Exception
+) -> list[Config]:
     """Makes these calls of a function of R1ZeroTrain fail; returns the options of all its calls."""
     seen, function = [], getattr(R1ZeroTrain, name)
 
@@ -440,7 +531,10 @@ def fail(monkeypatch: pytest.MonkeyPatch, name: str, calls: set[int], error: Exc
     return seen
 
 
-OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("MPS backend out of memory (MPS")]
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried"),
+    RuntimeError("MPS backend out of memory (MPS"),
+]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
@@ -454,13 +548,19 @@ def test_out_of_memory_the_step_is_done_again_with_half_the_rows_and_tokens(
     main(parse_config([*words, "--run_dir", str(tmp_path / "disturbed")]))
     assert (seen[3].tokens_per_microbatch, seen[3].rollout_rows) == (8192, 256)
     assert (seen[4].tokens_per_microbatch, seen[4].rollout_rows) == (4096, 128)
-    assert (seen[-1].tokens_per_microbatch, seen[-1].rollout_rows) == (8192, 256), "the next step has all again"
+    assert (seen[-1].tokens_per_microbatch, seen[-1].rollout_rows) == (8192, 256), (
+        "the next step has all again"
+    )
     assert what_it_achieved(tmp_path / "disturbed") == what_it_achieved(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_out_of_memory_twice_ends_the_run_and_says_what_to_lower(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    error: Exception,
 ) -> None:
     fail(monkeypatch, "token_logprobs", {3, 4}, error)
     assert R1ZeroTrain.run(["--model", str(tiny_llama), "--run_dir", str(tmp_path), *SMALL]) == 2
@@ -471,8 +571,18 @@ def test_out_of_memory_twice_ends_the_run_and_says_what_to_lower(
 def test_out_of_memory_after_the_weights_have_moved_is_not_tried_again(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = fail(monkeypatch, "token_logprobs", {3}, OUT_OF_MEMORY[0])  # the reference's, the first epoch's, the second
-    words = [*SMALL, "--model", str(tiny_llama), "--run_dir", str(tmp_path), "--updates_per_rollout", "2"]
+    seen = fail(
+        monkeypatch, "token_logprobs", {3}, OUT_OF_MEMORY[0]
+    )  # the reference's, the first epoch's, the second
+    words = [
+        *SMALL,
+        "--model",
+        str(tiny_llama),
+        "--run_dir",
+        str(tmp_path),
+        "--updates_per_rollout",
+        "2",
+    ]
     assert R1ZeroTrain.run(words) == 2
     assert len(seen) == 3
 
@@ -501,23 +611,42 @@ def test_best_is_the_policy_of_the_highest_held_out_accuracy(
         return metrics | {"eval_pass@1": next(accuracies)}, samples
 
     monkeypatch.setattr(R1ZeroTrain, "evaluate", scripted)
-    words = [*SMALL, "--steps", "4", "--eval_every", "1", "--model", str(tiny_llama), "--run_dir", str(tmp_path)]
+    words = [
+        *SMALL,
+        "--steps",
+        "4",
+        "--eval_every",
+        "1",
+        "--model",
+        str(tiny_llama),
+        "--run_dir",
+        str(tmp_path),
+    ]
     main(parse_config(words))
     best = R1ZeroTrain.load_policy(str(tmp_path / "best"))
-    assert all(map(torch.equal, best.parameters(), weights[2])), "of the trained ones; of equals the first"
+    assert all(map(torch.equal, best.parameters(), weights[2])), (
+        "of the trained ones; of equals the first"
+    )
     assert not all(map(torch.equal, best.parameters(), weights[3]))
     assert {path.name for path in tmp_path.iterdir()} == {
         *("config.json", "metrics.jsonl", "completions.jsonl", "checkpoint", "best", "model")
     }, "nothing half written is left"
     assert len(list((tmp_path / "checkpoint").iterdir())) == 1, "the last one is kept"
 
-    accuracies = iter([0.4, 0.7])  # going on, its last line is written again, and a worse policy is no new best
+    accuracies = iter(
+        [0.4, 0.7]
+    )  # going on, its last line is written again, and a worse policy is no new best
     main(parse_config(["--resume", str(tmp_path), "--steps", "5"]))
     best = R1ZeroTrain.load_policy(str(tmp_path / "best"))
-    assert all(map(torch.equal, best.parameters(), weights[6])) and (tmp_path / "best/pass@1").read_text() == "0.7\n"
+    assert (
+        all(map(torch.equal, best.parameters(), weights[6]))
+        and (tmp_path / "best/pass@1").read_text() == "0.7\n"
+    )
 
 
 def test_a_run_dir_that_is_a_file_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
-        main(parse_config(["--model", str(tiny_llama), "--run_dir", str(tmp_path / "file"), *SMALL]))
+        main(
+            parse_config(["--model", str(tiny_llama), "--run_dir", str(tmp_path / "file"), *SMALL])
+        )

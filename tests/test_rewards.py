@@ -149,7 +149,12 @@ COUNTDOWN = [
     ("7 * 0", ([7, 0], 0), 1.0, "zero is a number"),
     ("7\n+\t1 ", ([7, 1], 8), 1.0, "any white space"),
     ("5 + 5", ([5, 5], 10), 1.0, "a number that is given twice"),
-    ("9" * MAX_DIGITS + " - 1", ([10**MAX_DIGITS - 1, 1], 10**MAX_DIGITS - 2), 1.0, "as long as is allowed"),
+    (
+        "9" * MAX_DIGITS + " - 1",
+        ([10**MAX_DIGITS - 1, 1], 10**MAX_DIGITS - 2),
+        1.0,
+        "as long as is allowed",
+    ),
     # what reward functions built on eval pay, or hang on
     ("99**98**97", ([99, 98, 97], 1), 0.0, "a tower of powers would never end"),
     ("2**3+4", ([2, 3, 4], 12), 0.0, "** is none of the four operations"),
@@ -260,9 +265,18 @@ def test_countdown_takes_huge_numbers() -> None:
 def test_countdown_grades_the_answer_alone() -> None:
     assert countdown_reward("<think>1 + 2</think>", [1, 2], 3) == 0.0
     assert countdown_reward("<think><answer>1 + 2</answer>", [1, 2], 3) == 0.0
-    assert countdown_reward("<think><answer>1 + 2</answer></think><answer>2 + 2</answer>", [1, 2], 3) == 0.0
-    assert countdown_reward("<think>a</think><answer>1 + 2</answer><answer>2 + 2</answer>", [1, 2], 3) == 0.0
-    assert countdown_reward("<think>a</think>not the best form:<answer>1 + 2</answer> :-)", [1, 2], 3) == 1.0
+    assert (
+        countdown_reward("<think><answer>1 + 2</answer></think><answer>2 + 2</answer>", [1, 2], 3)
+        == 0.0
+    )
+    assert (
+        countdown_reward("<think>a</think><answer>1 + 2</answer><answer>2 + 2</answer>", [1, 2], 3)
+        == 0.0
+    )
+    assert (
+        countdown_reward("<think>a</think>not the best form:<answer>1 + 2</answer> :-)", [1, 2], 3)
+        == 1.0
+    )
 
 
 @st.composite
@@ -277,12 +291,17 @@ def expressions(draw: st.DrawFn) -> tuple[str, list[int], Fraction]:
     def parenthesise(text: str) -> str:
         return f"({draw(gap)}{text}{draw(gap)})"
 
-    def build(leaves: list[int]) -> tuple[str, Fraction, int]:  # text, value, precedence: 0 sum, 1 product, 2 operand
+    def build(
+        leaves: list[int],
+    ) -> tuple[str, Fraction, int]:  # text, value, precedence: 0 sum, 1 product, 2 operand
         if len(leaves) == 1:
             text, value, precedence = str(leaves[0]), Fraction(leaves[0]), 2
         else:
             cut = draw(st.integers(1, len(leaves) - 1))
-            (left, a, left_precedence), (right, b, right_precedence) = build(leaves[:cut]), build(leaves[cut:])
+            (left, a, left_precedence), (right, b, right_precedence) = (
+                build(leaves[:cut]),
+                build(leaves[cut:]),
+            )
             operator = draw(st.sampled_from("+-*/" if b else "+-*"))
             value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else a}[operator]
             precedence = 0 if operator in "+-" else 1
@@ -293,7 +312,11 @@ def expressions(draw: st.DrawFn) -> tuple[str, list[int], Fraction]:
             text, precedence = parenthesise(text), 2
             sign = draw(st.sampled_from(["", "", "-", "+"]))
             # A signed parenthesis stands by itself: "-(1)" is not the operand of another sign.
-            text, value = (parenthesise(sign + text), -value if sign == "-" else value) if sign else (text, value)
+            text, value = (
+                (parenthesise(sign + text), -value if sign == "-" else value)
+                if sign
+                else (text, value)
+            )
         return text, value, precedence
 
     text, value, _ = build(numbers)
@@ -374,7 +397,12 @@ GSM8K = [
     ("0", "0", 1.0, "zero"),
     ("-0", "0", 1.0, "the same number"),
     ("9" * MAX_DIGITS, "9" * MAX_DIGITS, 1.0, "as long as is allowed"),
-    ("18", "They had to compute 2+3=<<2+3=5>>5 first.\n#### 18", 1.0, "the gold number stands behind ####"),
+    (
+        "18",
+        "They had to compute 2+3=<<2+3=5>>5 first.\n#### 18",
+        1.0,
+        "the gold number stands behind ####",
+    ),
     ("5", "They had to compute 2+3=<<2+3=5>>5 first.\n#### 18", 0.0, "not before it"),
     ("19", "18", 0.0, "another number"),
     ("1.8", "18", 0.0, "the point counts"),
@@ -430,19 +458,28 @@ def test_gsm8k(answer: str, gold: str, expected: float, reason: str) -> None:
         assert gsm8k_reward(turn(answer), gold + "1") == 0.0
 
 
-@pytest.mark.parametrize("answer", ["5-3", "2/2", "18 or 19", "1e1", "3½", "", "9" * (MAX_DIGITS + 1)])
+@pytest.mark.parametrize(
+    "answer", ["5-3", "2/2", "18 or 19", "1e1", "3½", "", "9" * (MAX_DIGITS + 1)]
+)
 def test_no_number_equals_no_number(answer: str) -> None:
     assert read_number(answer) is None
     assert gsm8k_reward(turn(answer), answer) == 0.0
 
 
 def test_gsm8k_gold() -> None:
-    assert gsm8k_reward(turn("1234"), "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 1,234") == 1.0
-    assert gsm8k_reward(turn("9"), "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 1,234") == 0.0
+    assert (
+        gsm8k_reward(turn("1234"), "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 1,234")
+        == 1.0
+    )
+    assert (
+        gsm8k_reward(turn("9"), "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 1,234") == 0.0
+    )
     assert gsm8k_reward(turn("-5"), "#### -5") == 1.0
     assert gsm8k_reward(turn("5"), "#### -5") == 0.0
     assert gsm8k_reward(turn("0.1"), "0.1") == 1.0
-    assert gsm8k_reward(turn("0.1"), "0.1000000000000000055511151231257827") == 0.0  # what float takes it for
+    assert (
+        gsm8k_reward(turn("0.1"), "0.1000000000000000055511151231257827") == 0.0
+    )  # what float takes it for
     assert gsm8k_reward(turn(""), "") == 0.0
     assert gsm8k_reward(turn("18"), "") == 0.0
     assert gsm8k_reward("<think>18</think>", "18") == 0.0
@@ -471,7 +508,9 @@ CODE = (
     "<think> </think> <answer> </answer> ( ) + - * / ** // 3 5 7 15 18 99 1,234 $ % . , = e E _ ² ٣ #### eval( exec( "
     "__import__('os') os.abort() open('x','w') lambda : 1/0 while True: pass \\boxed{ } # ; [ ]"
 )
-code_text = st.lists(st.sampled_from([*CODE.split(), " ", "\n", "\0", "\ud800"]), max_size=40).map("".join)
+code_text = st.lists(st.sampled_from([*CODE.split(), " ", "\n", "\0", "\ud800"]), max_size=40).map(
+    "".join
+)
 
 
 @thorough
@@ -483,7 +522,15 @@ def test_any_text_is_graded(text: str) -> None:
 @pytest.mark.parametrize("size", [100_000, 1_000_000])
 @pytest.mark.parametrize(
     "piece",
-    ["<think>", "</think>", "<answer>", "</answer>", "<answer></answer>", "</think><answer>", "<think></think><answer>"]
+    [
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        "<answer></answer>",
+        "</think><answer>",
+        "<think></think><answer>",
+    ]
     + [
         "(",
         ")",
@@ -508,13 +555,34 @@ def test_any_text_is_graded(text: str) -> None:
 )
 def test_long_text_is_graded(piece: str, size: int) -> None:
     body = piece * (size // len(piece))
-    for text in (body, f"<think></think>{body}", f"<think></think><answer>{body}</answer>", f"<think>{body}"):
+    for text in (
+        body,
+        f"<think></think>{body}",
+        f"<think></think><answer>{body}</answer>",
+        f"<think>{body}",
+    ):
         assert_graded_within_a_second(text)
 
 
 def test_text_as_long_as_is_graded_is_cheap() -> None:
     """Texts just within the bounds, where the parsers do work."""
-    for piece in ("(", "-(", "9", "9 ", "9-", "9 -", "9,", "9,999", "1e", "9*9", "9 * ", "9-+-+", ".9", "$", "(9)+"):
+    for piece in (
+        "(",
+        "-(",
+        "9",
+        "9 ",
+        "9-",
+        "9 -",
+        "9,",
+        "9,999",
+        "1e",
+        "9*9",
+        "9 * ",
+        "9-+-+",
+        ".9",
+        "$",
+        "(9)+",
+    ):
         assert_graded_within_a_second(turn((piece * MAX_ANSWER_CHARS)[: MAX_ANSWER_CHARS - 2]))
     numbers = list(range(2, 202))  # the largest sum of different fractions that fits
     text = "+".join(f"1/{n}" for n in numbers if n < 180)
@@ -527,7 +595,9 @@ def test_text_as_long_as_is_graded_is_cheap() -> None:
 def test_nothing_is_executed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     events = []
-    sys.addaudithook(lambda event, _: events.append(event) if watching else None)  # a hook cannot be removed again
+    sys.addaudithook(
+        lambda event, _: events.append(event) if watching else None
+    )  # a hook cannot be removed again
     watching = True
     for attack in (
         "open('owned','w').write('1')",
@@ -539,7 +609,15 @@ def test_nothing_is_executed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         for reward in REWARDS[1:3]:
             assert reward(turn(attack)) == 0.0
     watching = False
-    assert not set(events) & {"open", "exec", "compile", "os.system", "subprocess.Popen", "import", "os.mkdir"}
+    assert not set(events) & {
+        "open",
+        "exec",
+        "compile",
+        "os.system",
+        "subprocess.Popen",
+        "import",
+        "os.mkdir",
+    }
     assert not list(tmp_path.iterdir())
 
 
@@ -616,7 +694,12 @@ MATH = [
     ("1.41421356", "\\sqrt{2}", 0.0, "nothing is rounded"),
     ("1.41421356237309504880168872420969807856967187538", "\\sqrt{2}", 0.0, "nor at 47 decimals"),
     ("3.14159", "\\pi", 0.0, "nor is pi"),
-    ("x+0.14159265358979323846264338327950288419716939937", "x+\\pi-3", 0.0, "nor in an expression"),
+    (
+        "x+0.14159265358979323846264338327950288419716939937",
+        "x+\\pi-3",
+        0.0,
+        "nor in an expression",
+    ),
     ("0.5\\pi", "\\frac{\\pi}{2}", 1.0, "an exact decimal"),
     ("2\\sqrt{3}\\text{ cm}^2", "2\\sqrt3", 1.0, "a unit"),
     ("3t", "3", 0.0, "a letter is no unit"),
@@ -657,8 +740,18 @@ MATH = [
         1.0,
         "matrix",
     ),
-    ("\\begin{pmatrix}\\sqrt4\\\\x\\end{pmatrix}", "\\begin{pmatrix}2\\\\x\\end{pmatrix}", 0.0, "a number, within one"),
-    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1&2\\end{pmatrix}", 0.0, "a row is no column"),
+    (
+        "\\begin{pmatrix}\\sqrt4\\\\x\\end{pmatrix}",
+        "\\begin{pmatrix}2\\\\x\\end{pmatrix}",
+        0.0,
+        "a number, within one",
+    ),
+    (
+        "\\begin{pmatrix}1\\\\2\\end{pmatrix}",
+        "\\begin{pmatrix}1&2\\end{pmatrix}",
+        0.0,
+        "a row is no column",
+    ),
 ]
 
 
@@ -694,7 +787,9 @@ def test_a_slow_comparison_is_cut_off_and_the_next_is_right() -> None:
 def test_many_threads_at_once() -> None:
     texts = [("2x+3", "3+2x"), (SLOW, "x^2"), ("2x-3", "3+2x")] * 2
     with ThreadPoolExecutor(len(texts)) as pool:
-        assert list(pool.map(lambda pair: equal_by_worker(*pair), texts)) == [True, False, False] * 2
+        assert (
+            list(pool.map(lambda pair: equal_by_worker(*pair), texts)) == [True, False, False] * 2
+        )
 
 
 def test_a_worker_that_died_is_replaced() -> None:
@@ -706,7 +801,9 @@ def test_a_worker_that_died_is_replaced() -> None:
 def test_the_worker_ends_with_its_parent() -> None:
     program = "import os, rewards; rewards.worker(); print(rewards._worker[0].pid, flush=True); os.kill(os.getpid(), 9)"
     folder = os.path.dirname(rewards.__file__)
-    parent = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=60)
+    parent = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=60
+    )
     assert parent.returncode == -signal.SIGKILL
     for _ in range(100):
         try:
@@ -734,7 +831,9 @@ HARD = (
     "\\frac{ \\sqrt{ \\begin{pmatrix} & \\\\ \\end{pmatrix} ^{9999} (x+y)^{999} x y i ( ) { } [ ] , = < "
     "\\pm \\cup \\sin \\log | \\text{ } \\boxed{"
 )
-hard_text = st.lists(st.sampled_from([*HARD.split(), *CODE.split(), " ", "\0", "\ud800"]), max_size=12).map("".join)
+hard_text = st.lists(
+    st.sampled_from([*HARD.split(), *CODE.split(), " ", "\0", "\ud800"]), max_size=12
+).map("".join)
 
 
 @settings(deadline=None, max_examples=100, derandomize="CI" in os.environ)

@@ -30,11 +30,15 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one() -> None:
         for correct in range(n + 1):
             for k in range(1, n + 1):
                 subsets = list(combinations(range(n), k))
-                right = sum(min(subset) < correct for subset in subsets)  # the first `correct` ones are right
+                right = sum(
+                    min(subset) < correct for subset in subsets
+                )  # the first `correct` ones are right
                 assert pass_at_k(n, correct, k) == pytest.approx(right / len(subsets), abs=1e-12)
 
 
-@pytest.mark.parametrize(("n", "correct", "k"), [(4, 1, 0), (4, 1, 5), (4, 5, 1), (4, -1, 1), (0, 0, 0)])
+@pytest.mark.parametrize(
+    ("n", "correct", "k"), [(4, 1, 0), (4, 1, 5), (4, 5, 1), (4, -1, 1), (0, 0, 0)]
+)
 def test_pass_at_k_refuses(n: int, correct: int, k: int) -> None:
     with pytest.raises(ValueError, match=f"pass@{k} of {n} completions"):
         pass_at_k(n, correct, k)
@@ -46,8 +50,28 @@ def test_pass_at_k_refuses(n: int, correct: int, k: int) -> None:
 @pytest.mark.parametrize(
     "answers",
     [
-        ("1234", "1,234", "1234.0", "$1234", "$1,234.00", "\\$1234", "1234.", "**1234**", "01234", "\\boxed{1234}"),
-        ("1/2", "0.5", ".5", "\\frac12", "\\dfrac{1}{2}", "$\\frac{2}{4}$", "so \\boxed{0.50}", "x = 1/2"),
+        (
+            "1234",
+            "1,234",
+            "1234.0",
+            "$1234",
+            "$1,234.00",
+            "\\$1234",
+            "1234.",
+            "**1234**",
+            "01234",
+            "\\boxed{1234}",
+        ),
+        (
+            "1/2",
+            "0.5",
+            ".5",
+            "\\frac12",
+            "\\dfrac{1}{2}",
+            "$\\frac{2}{4}$",
+            "so \\boxed{0.50}",
+            "x = 1/2",
+        ),
         ("(1,2)", "( 1, 2 )", "\\left(1,\\,2\\right)", "$(1, 2)$"),
         ("5", "5\\text{ cm}", "5%", "5^\\circ", "5 degrees"),
         ("(1 + 2) * 3", "(1+2)*3"),
@@ -82,7 +106,16 @@ def test_different_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    "completion", ["", "5", "<think>5</think>", "<think><answer>5</answer>", turn(""), turn("$$"), turn("9" * 2000)]
+    "completion",
+    [
+        "",
+        "5",
+        "<think>5</think>",
+        "<think><answer>5</answer>",
+        turn(""),
+        turn("$$"),
+        turn("9" * 2000),
+    ],
 )
 def test_no_key(completion: str) -> None:
     assert normalized_answer(completion) is None
@@ -168,7 +201,11 @@ def sampled(answers: str, right: str, lengths: list[int]) -> list[dict]:
 def split(metrics: dict) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """(values, intervals), each by the value's name; there is one interval for each value, around it."""
     values = {name: value for name, value in metrics.items() if not name.endswith("_interval")}
-    intervals = {name.removesuffix("_interval"): value for name, value in metrics.items() if name not in values}
+    intervals = {
+        name.removesuffix("_interval"): value
+        for name, value in metrics.items()
+        if name not in values
+    }
     assert set(intervals) == set(values)
     for name, (low, high) in intervals.items():
         assert low - 1e-12 <= values[name] <= high + 1e-12
@@ -205,7 +242,12 @@ def test_evaluation_of_three_questions_with_four_samples_by_hand() -> None:
 
 
 def test_evaluation_of_single_samples_has_no_other_k_and_no_vote() -> None:
-    questions = [sampled("A", "A", [3]), sampled("B", "A", [5]), sampled("-", "A", [8]), sampled("C", "A", [8])]
+    questions = [
+        sampled("A", "A", [3]),
+        sampled("B", "A", [5]),
+        sampled("-", "A", [8]),
+        sampled("C", "A", [8]),
+    ]
     values, _ = split(evaluation(questions))
     assert values == {"pass@1": 0.25, "format": 0.75, "length": 6, "truncated": 0.25}
 
@@ -221,12 +263,18 @@ def test_evaluation_of_three_samples_has_the_powers_of_two_and_three() -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "sizes"), [(2, [1, 2]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16]), (17, [*range(17)])]
+    ("samples", "sizes"),
+    [(2, [1, 2]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16]), (17, [*range(17)])],
 )
-def test_evaluation_reports_pass_at_powers_of_two_and_at_all_samples(samples: int, sizes: list[int]) -> None:
+def test_evaluation_reports_pass_at_powers_of_two_and_at_all_samples(
+    samples: int, sizes: list[int]
+) -> None:
     values, _ = split(evaluation([sampled("A" * samples, "A", [1] * samples)]))
     sizes = [1, 2, 4, 8, 16, 17] if samples == 17 else sizes
-    assert [name for name in values if "@" in name] == [*(f"pass@{size}" for size in sizes), f"maj@{samples}"]
+    assert [name for name in values if "@" in name] == [
+        *(f"pass@{size}" for size in sizes),
+        f"maj@{samples}",
+    ]
 
 
 @pytest.mark.parametrize("samples", [1, 3, 5, 10])
@@ -240,6 +288,9 @@ def test_equal_questions_have_intervals_of_equal_ends(samples: int, questions: i
 
 def test_evaluation_counts_votes_by_value_not_by_text() -> None:
     texts = ["7", "1,000", "$1000.00$", "\\boxed{7}", "1000"]
-    samples = [sampled("A", "A", [1])[0] | {"text": turn(text), "accuracy": float("7" not in text)} for text in texts]
+    samples = [
+        sampled("A", "A", [1])[0] | {"text": turn(text), "accuracy": float("7" not in text)}
+        for text in texts
+    ]
     assert evaluation([samples])["maj@5"] == 1.0
     assert evaluation([samples[:1] + samples[3:]])["maj@3"] == 0.0

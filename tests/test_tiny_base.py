@@ -52,7 +52,9 @@ def tokenizer(base: tuple) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def held_out() -> list[dict]:
-    return [task | {"index": i} for i, task in enumerate(load_questions("countdown", "", 0, 256)[1])]
+    return [
+        task | {"index": i} for i, task in enumerate(load_questions("countdown", "", 0, 256)[1])
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,9 @@ def test_it_is_small_and_opens_like_any_model(base: tuple) -> None:
     assert tokenizer.eos_token_id == policy.generation_config.eos_token_id
 
 
-def test_every_text_of_the_corpus_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase, corpus: list[str]) -> None:
+def test_every_text_of_the_corpus_survives_the_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, corpus: list[str]
+) -> None:
     assert all(survives(tokenizer, text) for text in corpus[:2000])
 
 
@@ -89,7 +93,9 @@ def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase, tex
     assert survives(tokenizer, text)
 
 
-@pytest.mark.parametrize("text", ["", "  ", "007 + 100", "<think> </think>\r\n", "<0x41>", "é漢🙂", "▁ x", " ,  ."])
+@pytest.mark.parametrize(
+    "text", ["", "  ", "007 + 100", "<think> </think>\r\n", "<0x41>", "é漢🙂", "▁ x", " ,  ."]
+)
 def test_odd_texts_survive_the_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     assert survives(tokenizer, text)
 
@@ -98,7 +104,9 @@ def test_the_shipped_tokenizer_is_the_one_the_script_makes(
     growing: ModuleType, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     made = growing.make_tokenizer()
-    assert tokenizer.get_vocab() == made.get_vocab() and tokenizer.chat_template == made.chat_template
+    assert (
+        tokenizer.get_vocab() == made.get_vocab() and tokenizer.chat_template == made.chat_template
+    )
 
 
 def test_every_question_has_the_length_that_the_loss_leaves_out(
@@ -123,12 +131,16 @@ def test_no_held_out_problem_is_in_the_corpus(corpus: list[str]) -> None:
         assert not is_held_out([int(number) for number in numbers.split()], int(target))
 
 
-def test_the_corpus_is_right_where_it_says_yes_and_well_formed_throughout(corpus: list[str]) -> None:
+def test_the_corpus_is_right_where_it_says_yes_and_well_formed_throughout(
+    corpus: list[str],
+) -> None:
     solved = 0
     for text in corpus:
         numbers, target = HEADER.match(text).groups()
         completion = text[HEADER.match(text).end() :]
-        right = countdown_reward(completion, [int(number) for number in numbers.split()], int(target))
+        right = countdown_reward(
+            completion, [int(number) for number in numbers.split()], int(target)
+        )
         assert format_reward(completion) == 1
         assert right == float(" yes\n" in completion)
         assert all(is_right(*parts) for parts in SUM.findall(completion))
@@ -148,16 +160,31 @@ def test_its_sums_are_right(sampled: Rollout) -> None:
     assert sum(is_right(*parts) for parts in sums) / len(sums) >= 0.99
 
 
-def test_it_solves_a_quarter_of_the_problems_before_training(sampled: Rollout, held_out: list[dict]) -> None:
-    right = [countdown_reward(text, **task["answer"]) for text, task in zip(sampled.text, held_out, strict=True)]
+def test_it_solves_a_quarter_of_the_problems_before_training(
+    sampled: Rollout, held_out: list[dict]
+) -> None:
+    right = [
+        countdown_reward(text, **task["answer"])
+        for text, task in zip(sampled.text, held_out, strict=True)
+    ]
     assert 0.15 <= sum(right) / len(right) <= 0.35
 
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict]]:
     run_dir = tmp_path_factory.mktemp("runs") / "short"
-    options = {"steps": 12, "questions_per_step": 8, "eval_questions": 32, "max_new_tokens": 120, "run_dir": run_dir}
-    main(parse_config([str(part) for name, value in options.items() for part in (f"--{name}", value)]))
+    options = {
+        "steps": 12,
+        "questions_per_step": 8,
+        "eval_questions": 32,
+        "max_new_tokens": 120,
+        "run_dir": run_dir,
+    }
+    main(
+        parse_config(
+            [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        )
+    )
     yield [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

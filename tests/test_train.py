@@ -39,9 +39,16 @@ from R1ZeroTrain import (
 )
 
 ROOT = Path(R1ZeroTrain.__file__).parent
-QUESTIONS = ["Why?", "And what is this, then?", "So?", "Which word of this question is the longest of all?"]
+QUESTIONS = [
+    "Why?",
+    "And what is this, then?",
+    "So?",
+    "Which word of this question is the longest of all?",
+]
 ANSWER = {"numbers": [1, 2], "target": 3}
-TASKS = [{"question": question, "answer": ANSWER, "index": i} for i, question in enumerate(QUESTIONS)]
+TASKS = [
+    {"question": question, "answer": ANSWER, "index": i} for i, question in enumerate(QUESTIONS)
+]
 
 
 def progress(message: str, ids: Tensor | None = None) -> None:
@@ -49,7 +56,12 @@ def progress(message: str, ids: Tensor | None = None) -> None:
 
 
 def config(**options: object) -> Config:
-    return Config(**({"max_new_tokens": 24, "group_size": 3, "rollout_rows": 6, "max_grad_norm": 1000.0} | options))
+    return Config(
+        **(
+            {"max_new_tokens": 24, "group_size": 3, "rollout_rows": 6, "max_grad_norm": 1000.0}
+            | options
+        )
+    )
 
 
 def load(folder: Path, eos: int = 0) -> tuple:
@@ -67,13 +79,17 @@ def roll_out(policy, tokenizer, cfg: Config, tasks: list[dict] = TASKS) -> Rollo
 
 
 @torch.no_grad()
-def sample_slowly(policy, prompt: list[int], uniforms: list[float], eos: set[int], temperature: float) -> tuple:
+def sample_slowly(
+    policy, prompt: list[int], uniforms: list[float], eos: set[int], temperature: float
+) -> tuple:
     """One completion by the book: no batch, no padding, no cache, the whole text through the model for each token."""
     ids, logp = [], []
     for u in uniforms:
         logits = policy(torch.tensor([prompt + ids]), use_cache=False).logits[0, -1].double()
         probabilities = torch.softmax(logits / temperature, dim=-1)
-        token = int((probabilities.cumsum(0) <= u * probabilities.sum()).sum())  # the first to exceed u
+        token = int(
+            (probabilities.cumsum(0) <= u * probabilities.sum()).sum()
+        )  # the first to exceed u
         ids.append(token)
         logp.append(float(probabilities[token].log()))
         if token in eos:
@@ -81,12 +97,16 @@ def sample_slowly(policy, prompt: list[int], uniforms: list[float], eos: set[int
     return ids, logp
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2", "tiny_gpt2"])  # the last has absolute positions
+@pytest.mark.parametrize(
+    "model", ["tiny_llama", "tiny_qwen2", "tiny_gpt2"]
+)  # the last has absolute positions
 def test_sampling_equals_a_loop_without_cache_batch_and_padding(
     model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, tokenizer = load(request.getfixturevalue(model), eos=4)
-    cfg = config(max_new_tokens=90, temperature=1.3)  # long enough for a cache with room to run out of it
+    cfg = config(
+        max_new_tokens=90, temperature=1.3
+    )  # long enough for a cache with room to run out of it
     drawn = []
 
     def spy(policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, *rest):
@@ -95,7 +115,9 @@ def test_sampling_equals_a_loop_without_cache_batch_and_padding(
 
     monkeypatch.setattr(R1ZeroTrain, "sample", spy)
     rollout = roll_out(policy, tokenizer, cfg)
-    assert [len(part) for part in drawn] == [6, 6], "rollout_rows 6: two questions of three completions at a time"
+    assert [len(part) for part in drawn] == [6, 6], (
+        "rollout_rows 6: two questions of three completions at a time"
+    )
 
     eos = {tokenizer.eos_token_id, *policy.generation_config.eos_token_id}
     for row, uniforms in enumerate(torch.cat(drawn).tolist()):
@@ -106,15 +128,21 @@ def test_sampling_equals_a_loop_without_cache_batch_and_padding(
         assert rollout.ids[row, :length].tolist() == ids
         assert rollout.logp_sampled[row, :length].tolist() == pytest.approx(logp, abs=1e-5)
         assert bool(rollout.truncated[row]) == (ids[-1] not in eos)
-        written = ids[:-1] if ids[-1] in eos else ids  # any other special token is what the policy wrote
+        written = (
+            ids[:-1] if ids[-1] in eos else ids
+        )  # any other special token is what the policy wrote
         assert rollout.text[row] == "<think>" + tokenizer.decode(written)
-    assert len(set(rollout.lengths.tolist())) > 4, "else this has shown little"  # cut off at the limit: see below
+    assert len(set(rollout.lengths.tolist())) > 4, (
+        "else this has shown little"
+    )  # cut off at the limit: see below
 
 
 def test_each_prompt_is_read_once_and_finished_rows_leave_the_batch(tiny_llama: Path) -> None:
     policy, tokenizer = load(tiny_llama, eos=32)
     shapes = []
-    policy.register_forward_pre_hook(lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    policy.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     rollout = roll_out(policy, tokenizer, config(rollout_rows=100, group_size=16))
     (prompts, _), *steps = shapes
     assert prompts == 4 and steps, "four prompts are read, not 64"
@@ -129,7 +157,9 @@ def test_any_of_several_eos_ids_ends_a_completion_and_is_its_last_token(tiny_lla
     cfg = config(group_size=16)
     rollout = roll_out(policy, tokenizer, cfg)
     eos = torch.tensor([tokenizer.eos_token_id, *policy.generation_config.eos_token_id])
-    ends = torch.isin(rollout.ids, eos) & (torch.arange(cfg.max_new_tokens) < rollout.lengths[:, None])
+    ends = torch.isin(rollout.ids, eos) & (
+        torch.arange(cfg.max_new_tokens) < rollout.lengths[:, None]
+    )
     assert torch.equal(ends.sum(1), (~rollout.truncated).long())
     last = rollout.ids.gather(1, rollout.lengths[:, None] - 1)[:, 0]
     assert torch.equal(torch.isin(last, eos), ~rollout.truncated)
@@ -169,14 +199,18 @@ def test_a_completion_does_not_depend_on_what_else_is_in_the_batch(tiny_llama: P
         alone = roll_out(policy, tokenizer, cfg, [task])
         rows = slice(3 * question, 3 * question + 3)
         assert alone.text == together.text[rows]
-        assert torch.equal(alone.ids, together.ids[rows]) and torch.equal(alone.lengths, together.lengths[rows])
+        assert torch.equal(alone.ids, together.ids[rows]) and torch.equal(
+            alone.lengths, together.lengths[rows]
+        )
 
 
 def test_rollout_rows_bound_the_rows_even_of_one_question(tiny_llama: Path) -> None:
     policy, tokenizer = load(tiny_llama, eos=16)
     whole = roll_out(policy, tokenizer, config(rollout_rows=100))
     rows = []
-    policy.register_forward_pre_hook(lambda _, __, call: rows.append(len(call["input_ids"])), with_kwargs=True)
+    policy.register_forward_pre_hook(
+        lambda _, __, call: rows.append(len(call["input_ids"])), with_kwargs=True
+    )
     parts = roll_out(policy, tokenizer, config(rollout_rows=2))
     assert max(rows) == 2 and torch.equal(parts.ids, whole.ids) and parts.text == whole.text
 
@@ -208,19 +242,25 @@ class Dice(torch.nn.Module):
 def throw(probabilities: list[float], uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     cfg = config(max_new_tokens=uniforms.shape[1], temperature=temperature)
     prompt = torch.zeros(1, 1, dtype=torch.long)
-    return sample(Dice(probabilities), prompt, prompt == 0, uniforms, torch.tensor([99]), cfg, progress)[0]
+    return sample(
+        Dice(probabilities), prompt, prompt == 0, uniforms, torch.tensor([99]), cfg, progress
+    )[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_tokens_come_as_often_as_their_probability_says(temperature: float) -> None:
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.2, 0.05, 0.0])
     uniforms = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0))
-    counts = torch.bincount(throw(probabilities.tolist(), uniforms, temperature).flatten(), minlength=7)
+    counts = torch.bincount(
+        throw(probabilities.tolist(), uniforms, temperature).flatten(), minlength=7
+    )
     powers = probabilities ** (1 / temperature)
     expected = 4000 * powers / powers.sum()
     assert (counts[expected == 0] == 0).all()
     chi_square = ((counts - expected) ** 2 / expected)[expected > 0].sum()
-    assert chi_square < 16.27, "a fair sampler is above this once in 1000 seeds (3 degrees of freedom)"
+    assert chi_square < 16.27, (
+        "a fair sampler is above this once in 1000 seeds (3 degrees of freedom)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,19 +283,28 @@ def logp_slowly(policy, rollout: Rollout, row: int, temperature: float) -> tuple
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2", "tiny_gpt2"])
-def test_token_logprobs_equals_a_full_forward_of_each_row(model: str, request: pytest.FixtureRequest) -> None:
+def test_token_logprobs_equals_a_full_forward_of_each_row(
+    model: str, request: pytest.FixtureRequest
+) -> None:
     policy, tokenizer = load(request.getfixturevalue(model), eos=16)
     cfg = config(temperature=0.7)
     rollout = roll_out(policy, tokenizer, cfg)
     for rows in (torch.arange(12), torch.tensor([7, 0, 4]), torch.tensor([5])):
         with torch.no_grad():
             logp, entropy, mask = token_logprobs(policy, rollout, rows, cfg)
-        assert logp.shape == entropy.shape == mask.shape == (len(rows), int(rollout.lengths[rows].max()))
+        assert (
+            logp.shape
+            == entropy.shape
+            == mask.shape
+            == (len(rows), int(rollout.lengths[rows].max()))
+        )
         for i, row in enumerate(rows.tolist()):
             expected_logp, expected_entropy = logp_slowly(policy, rollout, row, cfg.temperature)
             assert mask[i].tolist() == [t < len(expected_logp) for t in range(mask.shape[1])]
             torch.testing.assert_close(logp[i][mask[i]].double(), expected_logp, atol=1e-5, rtol=0)
-            torch.testing.assert_close(entropy[i][mask[i]].double(), expected_entropy, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                entropy[i][mask[i]].double(), expected_entropy, atol=1e-4, rtol=0
+            )
 
 
 def test_bfloat16_is_a_way_of_computing_and_not_of_storing(tiny_llama: Path) -> None:
@@ -293,7 +342,9 @@ class Case:
     rollout: Rollout
     advantages: Tensor
 
-    def update(self, cfg: Config, lr: float | None = 0.0) -> tuple[dict[str, float], list[Tensor], torch.nn.Module]:
+    def update(
+        self, cfg: Config, lr: float | None = 0.0
+    ) -> tuple[dict[str, float], list[Tensor], torch.nn.Module]:
         """Metrics, each update's gradient, the policy after; lr None makes no update. This case stays as it is."""
         policy = copy.deepcopy(self.policy)
         optimizer = Recorder(policy)
@@ -323,7 +374,9 @@ def case(tiny_llama: Path) -> Case:
     return Case(policy, reference, rollout, torch.randn(12, generator=noise))
 
 
-def objective_slowly(case: Case, policy, logp_old: list[Tensor] | None, cfg: Config) -> tuple[Tensor, list[Tensor]]:
+def objective_slowly(
+    case: Case, policy, logp_old: list[Tensor] | None, cfg: Config
+) -> tuple[Tensor, list[Tensor]]:
     """Equations 1 and 2 as the paper writes them, row by row: the loss and each row's log-probabilities."""
     loss, rows = torch.zeros((), dtype=torch.float64), []
     for i, advantage in enumerate(case.advantages.double()):
@@ -345,7 +398,13 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("kl_beta", [0.0, 0.5])
 def test_update_equals_the_formula_written_out(case: Case, kl_beta: float) -> None:
-    cfg = config(kl_beta=kl_beta, updates_per_rollout=2, clip_low=0.01, clip_high=0.02, tokens_per_microbatch=200)
+    cfg = config(
+        kl_beta=kl_beta,
+        updates_per_rollout=2,
+        clip_low=0.01,
+        clip_high=0.02,
+        tokens_per_microbatch=200,
+    )
     metrics, gradients, after = case.update(cfg, lr=0.02)
 
     policy, logp_old = copy.deepcopy(case.policy), None
@@ -353,7 +412,10 @@ def test_update_equals_the_formula_written_out(case: Case, kl_beta: float) -> No
         policy.zero_grad()
         loss, logp = objective_slowly(case, policy, logp_old, cfg)
         loss.backward()
-        assert relative(gradient, torch.cat([p.grad.flatten() for p in policy.parameters()]).double()) < 1e-5
+        assert (
+            relative(gradient, torch.cat([p.grad.flatten() for p in policy.parameters()]).double())
+            < 1e-5
+        )
         logp_old = logp_old or logp
         with torch.no_grad():
             for p in policy.parameters():
@@ -371,7 +433,10 @@ def test_update_does_not_depend_on_the_size_of_micro_batches(
 ) -> None:
     # In float64, so that what is left of rounding is far below the 1e-6 that are allowed.
     monkeypatch.setattr(Tensor, "float", Tensor.double)
-    models = {"policy": copy.deepcopy(case.policy).double(), "reference": copy.deepcopy(case.reference).double()}
+    models = {
+        "policy": copy.deepcopy(case.policy).double(),
+        "reference": copy.deepcopy(case.reference).double(),
+    }
     exact = dataclasses.replace(case, **models)
     options = {"loss": loss, "kl_beta": 0.1}
     whole_metrics, (whole,), _ = exact.update(config(tokens_per_microbatch=10**6, **options))
@@ -390,13 +455,19 @@ def test_metrics_are_means_over_all_tokens(case: Case) -> None:
     logp, entropy = (torch.cat(part) for part in zip(*rows, strict=True))
     difference = torch.cat(refs) - logp
     assert metrics["entropy"] == pytest.approx(float(entropy.mean()), rel=1e-4)
-    assert metrics["kl"] == pytest.approx(float((difference.exp() - difference - 1).mean()), rel=1e-4)
+    assert metrics["kl"] == pytest.approx(
+        float((difference.exp() - difference - 1).mean()), rel=1e-4
+    )
     assert 0 <= metrics["logp_gap"] < 1e-4
     twice, _, _ = case.update(dataclasses.replace(cfg, updates_per_rollout=2), lr=0.02)
-    assert all(twice[name] == metrics[name] for name in ("kl", "entropy", "logp_gap")), "of the policy that sampled"
+    assert all(twice[name] == metrics[name] for name in ("kl", "entropy", "logp_gap")), (
+        "of the policy that sampled"
+    )
 
 
-def test_first_update_has_ratio_exactly_1_and_the_second_has_not(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_update_has_ratio_exactly_1_and_the_second_has_not(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ratios = []
 
     def spy(logp: Tensor, logp_old: Tensor, logp_ref, advantages, mask: Tensor, *rest, **options):
@@ -429,25 +500,35 @@ def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return seen
 
 
-def test_groups_of_equal_rewards_leave_no_gradient_without_kl(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_equal_rewards_leave_no_gradient_without_kl(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rewards = torch.tensor([[1.1] * 3, [0.1] * 3, [0.0] * 3, [1.0] * 3])
     flat = dataclasses.replace(case, advantages=R1ZeroTrain.group_advantages(rewards))
     seen = rows_read(monkeypatch)
     _, (gradient,), _ = flat.update(config(kl_beta=0.0))
     assert not gradient.any()
-    assert [len(rows) for rows in seen] == [1], "one row gives a gradient of zeros; the others cost nothing"
+    assert [len(rows) for rows in seen] == [1], (
+        "one row gives a gradient of zeros; the others cost nothing"
+    )
 
 
-def test_groups_of_equal_rewards_cost_nothing_without_kl(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_equal_rewards_cost_nothing_without_kl(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0], [0.1] * 3, [0.0, 1.1, 1.0], [1.0] * 3])
     mixed = dataclasses.replace(case, advantages=R1ZeroTrain.group_advantages(rewards))
-    _, (everything,), _ = mixed.update(config(kl_beta=1e-30))  # too small to show, but all rows count
+    _, (everything,), _ = mixed.update(
+        config(kl_beta=1e-30)
+    )  # too small to show, but all rows count
     seen = rows_read(monkeypatch)
     metrics, (gradient,), _ = mixed.update(config(kl_beta=0.0))
     assert sorted(itertools.chain(*seen)) == [0, 1, 2, 6, 7, 8]
     assert relative(gradient, everything) < 1e-6 and everything.norm() > 0
     entropies = [logp_slowly(case.policy, case.rollout, i, 1.0)[1] for i in (0, 1, 2, 6, 7, 8)]
-    assert metrics["entropy"] == pytest.approx(float(torch.cat(entropies).detach().mean()), rel=1e-4)
+    assert metrics["entropy"] == pytest.approx(
+        float(torch.cat(entropies).detach().mean()), rel=1e-4
+    )
     seen.clear()
     mixed.update(config(kl_beta=0.1))
     assert len(set(itertools.chain(*seen))) == 12, "the KL of every row counts"
@@ -457,7 +538,10 @@ def test_the_heads_gradient_is_added_up_in_float32(monkeypatch: pytest.MonkeyPat
     """Under FSDP states are bfloat16, and a vocabulary has hundreds of pieces."""
     monkeypatch.setattr(R1ZeroTrain, "LOGITS_AT_ONCE", 0)  # pieces of one row
     generator = torch.Generator().manual_seed(0)
-    states, head = torch.randn(32, 16, generator=generator), torch.randn(2000, 16, generator=generator) / 4
+    states, head = (
+        torch.randn(32, 16, generator=generator),
+        torch.randn(2000, 16, generator=generator) / 4,
+    )
     ids, gradients = torch.arange(32), []
     for dtype in ("float32", "bfloat16"):
         leaf = states.bfloat16().to(getattr(torch, dtype)).requires_grad_()
@@ -467,8 +551,12 @@ def test_the_heads_gradient_is_added_up_in_float32(monkeypatch: pytest.MonkeyPat
     assert relative(gradients[1], gradients[0]) < 0.005, "half a step of bfloat16 is 0.002"
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])  # the second has dropout, which has to stay off
-def test_gradient_checkpointing_changes_memory_alone(model: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "model", ["tiny_llama", "tiny_gpt2"]
+)  # the second has dropout, which has to stay off
+def test_gradient_checkpointing_changes_memory_alone(
+    model: str, request: pytest.FixtureRequest
+) -> None:
     folder = request.getfixturevalue(model)
     policy, tokenizer = load(folder, eos=16)
     rollout = roll_out(policy, tokenizer, config())
@@ -478,7 +566,9 @@ def test_gradient_checkpointing_changes_memory_alone(model: str, request: pytest
         blocks = next(m for m in module.modules() if isinstance(m, torch.nn.ModuleList))
         blocks[0].mlp.register_forward_pre_hook(lambda *_, which=checkpointing: calls.append(which))
         case = Case(module, module, rollout, torch.linspace(-1, 1, 12))
-        metrics, (gradient,), _ = case.update(config(kl_beta=0.1, gradient_checkpointing=checkpointing))
+        metrics, (gradient,), _ = case.update(
+            config(kl_beta=0.1, gradient_checkpointing=checkpointing)
+        )
         found.append((metrics, gradient))
     assert relative(found[1][1], found[0][1]) < 1e-5
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4, abs=1e-5)
@@ -504,27 +594,51 @@ def test_a_long_gradient_is_scaled_to_max_grad_norm_and_logged_as_it_was(case: C
 
 STEPS = 5
 KEYS = ["step", "reward", "accuracy", "format", "length", "truncated"]
-KEYS += ["kl", "entropy", "clip_fraction", "logp_gap", "grad_norm", "lr", "equal_groups", "skipped_updates"]
+KEYS += [
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "logp_gap",
+    "grad_norm",
+    "lr",
+    "equal_groups",
+    "skipped_updates",
+]
 TIMINGS = ["completion_tokens_per_second", "seconds"]
 EVAL_OPTIONS = ["--eval_only", "--eval_questions", "4", "--max_new_tokens", "12", "--device", "cpu"]
-EVAL_KEYS = [f"eval_{name}{more}" for name in ("pass@1", "length", "format", "truncated") for more in ("", "_interval")]
+EVAL_KEYS = [
+    f"eval_{name}{more}"
+    for name in ("pass@1", "length", "format", "truncated")
+    for more in ("", "_interval")
+]
 
 
 def run(model: Path, run_dir: Path, *more: object) -> Path:
     options = {
-        **{"model": model, "run_dir": run_dir, "steps": STEPS, "lr": 0.01, "max_new_tokens": 12, "device": "cpu"},
+        **{
+            "model": model,
+            "run_dir": run_dir,
+            "steps": STEPS,
+            "lr": 0.01,
+            "max_new_tokens": 12,
+            "device": "cpu",
+        },
         **{"questions_per_step": 2, "group_size": 4, "eval_questions": 4, "save_every": 2},
     }
     main(
         parse_config(
-            [str(part) for name, value in options.items() for part in (f"--{name}", value)] + [*map(str, more)]
+            [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+            + [*map(str, more)]
         )
     )
     return run_dir
 
 
 def without_timings(run_dir: Path) -> list[dict]:
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in read_lines(run_dir)]
+    return [
+        {key: value for key, value in line.items() if key not in TIMINGS}
+        for line in read_lines(run_dir)
+    ]
 
 
 def weights(folder: Path) -> list[Tensor]:
@@ -539,7 +653,9 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 def _trivial_reward() -> Iterator[None]:
     """Rewards a small letter, and makes an import of wandb fail: only --wandb may want it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(REGISTRY, "countdown", dataclasses.replace(REGISTRY["countdown"], reward=letter_reward))
+        patch.setitem(
+            REGISTRY, "countdown", dataclasses.replace(REGISTRY["countdown"], reward=letter_reward)
+        )
         patch.setitem(sys.modules, "wandb", None)
         yield
 
@@ -551,7 +667,14 @@ def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_run_directory_has_the_documented_files(finished: Path, tiny_llama: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "completions.jsonl", "checkpoint", "best", "model"}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "completions.jsonl",
+        "checkpoint",
+        "best",
+        "model",
+    }
     saved = Config(**json.loads((finished / "config.json").read_text()))
     assert (saved.steps, saved.lr, saved.model) == (STEPS, 0.01, str(tiny_llama))
     assert "answers" not in AutoTokenizer.from_pretrained(finished / "model").special_tokens_map
@@ -566,11 +689,17 @@ def test_metrics_have_every_documented_key_and_each_step_once(finished: Path) ->
     for line in lines:
         evaluated = line["step"] in (0, STEPS)
         assert set(line) == {*KEYS, *TIMINGS, *(EVAL_KEYS if evaluated else [])}
-        assert all(isinstance(value, int | float) for key, value in line.items() if not key.endswith("_interval"))
+        assert all(
+            isinstance(value, int | float)
+            for key, value in line.items()
+            if not key.endswith("_interval")
+        )
         assert line["logp_gap"] < 1e-4
         assert 0 <= line["accuracy"] <= 1 and 0 < line["length"] <= 12 and line["entropy"] > 0
         assert line["reward"] == pytest.approx(line["accuracy"] + 0.1 * line["format"])
-    assert lines[0]["lr"] == pytest.approx(0.01) and lines[1]["lr"] == pytest.approx(0.01 * (1 - 1 / STEPS))
+    assert lines[0]["lr"] == pytest.approx(0.01) and lines[1]["lr"] == pytest.approx(
+        0.01 * (1 - 1 / STEPS)
+    )
 
 
 def test_at_step_0_the_policy_is_the_reference(finished: Path) -> None:
@@ -594,7 +723,9 @@ def test_completions_are_recorded_with_question_rewards_and_advantage(finished: 
     assert all(record["accuracy"] == 1 for record in trained if record["advantage"] > 0)
 
 
-def test_same_seed_same_run_and_other_seed_other_run(finished: Path, tiny_llama: Path, tmp_path: Path) -> None:
+def test_same_seed_same_run_and_other_seed_other_run(
+    finished: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
     again = run(tiny_llama, tmp_path / "again")
     other = run(tiny_llama, tmp_path / "other", "--seed", 1)
     assert without_timings(again) == without_timings(finished)
@@ -623,7 +754,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     monkeypatch.setattr(R1ZeroTrain, "update", update_until_step_3)
     with pytest.raises(PowerCut):
         run(tiny_llama, stopped)
-    assert len(read_lines(stopped)) == 3, "step 2 is logged, but not in the checkpoint: it has to be done again"
+    assert len(read_lines(stopped)) == 3, (
+        "step 2 is logged, but not in the checkpoint: it has to be done again"
+    )
 
     main(parse_config(["--resume", str(stopped)]))
     assert len(updates) == 4 + STEPS + 1 - 2, "it goes on from step 2"
@@ -643,18 +776,32 @@ def test_a_finished_run_can_go_on(finished: Path, tmp_path: Path) -> None:
 
 def test_eval_only_measures_a_run_and_leaves_it_as_it_was(finished: Path, tmp_path: Path) -> None:
     measured = Path(shutil.copytree(finished, tmp_path / "measured"))
-    main(parse_config(["--model", str(finished / "model"), "--run_dir", str(tmp_path / "fresh"), *EVAL_OPTIONS]))
+    main(
+        parse_config(
+            [
+                "--model",
+                str(finished / "model"),
+                "--run_dir",
+                str(tmp_path / "fresh"),
+                *EVAL_OPTIONS,
+            ]
+        )
+    )
     (line,) = read_lines(tmp_path / "fresh")
     last = read_lines(finished)[-1]
     assert {key: line[key] for key in EVAL_KEYS} == {key: last[key] for key in EVAL_KEYS}
     assert not (tmp_path / "fresh" / "model").exists()
 
     main(parse_config(["--resume", str(measured), "--eval_only"]))
-    assert parse_config(["--resume", str(measured)]).eval_only is False, "else the run could never be trained again"
+    assert parse_config(["--resume", str(measured)]).eval_only is False, (
+        "else the run could never be trained again"
+    )
     assert read_lines(measured)[: STEPS + 1] == read_lines(finished)
 
 
-def test_the_reference_never_changes(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_never_changes(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     references = []
 
     def spy(policy, reference, *args, **kwargs):
@@ -706,8 +853,19 @@ def test_without_kl_no_reference_is_made_and_no_kl_is_logged(
 
 
 def test_training_finds_what_is_rewarded(tiny_llama: Path, tmp_path: Path) -> None:
-    more = {"steps": 8, "max_new_tokens": 3, "questions_per_step": 4, "group_size": 16, "lr": 0.02, "lr_final": 1}
-    lines = read_lines(run(tiny_llama, tmp_path / "run", *(part for n, v in more.items() for part in (f"--{n}", v))))
+    more = {
+        "steps": 8,
+        "max_new_tokens": 3,
+        "questions_per_step": 4,
+        "group_size": 16,
+        "lr": 0.02,
+        "lr_final": 1,
+    }
+    lines = read_lines(
+        run(
+            tiny_llama, tmp_path / "run", *(part for n, v in more.items() for part in (f"--{n}", v))
+        )
+    )
     assert lines[0]["reward"] < 0.5 and lines[-1]["reward"] > lines[0]["reward"] + 0.4
     assert lines[-1]["eval_pass@1"] > lines[0]["eval_pass@1"]
     assert lines[-1]["grad_norm"] == 0, "the last line only measures"
@@ -737,14 +895,20 @@ def test_evaluation_happens_when_asked(tiny_llama: Path, tmp_path: Path) -> None
     assert [line["step"] for line in lines if "eval_pass@1" in line] == [0, 2, 4, 5]
 
 
-def test_evaluation_is_a_function_of_the_weights(finished: Path, tiny_llama: Path, tmp_path: Path) -> None:
+def test_evaluation_is_a_function_of_the_weights(
+    finished: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
     """A run that learns nothing measures the same before and after, and as any other run does before it starts."""
     lines = read_lines(run(tiny_llama, tmp_path / "run", "--lr", 0, "--steps", 2))
     assert {key: lines[0][key] for key in EVAL_KEYS} == {key: lines[-1][key] for key in EVAL_KEYS}
-    assert {key: lines[0][key] for key in EVAL_KEYS} == {key: read_lines(finished)[0][key] for key in EVAL_KEYS}
+    assert {key: lines[0][key] for key in EVAL_KEYS} == {
+        key: read_lines(finished)[0][key] for key in EVAL_KEYS
+    }
 
 
-def test_a_model_without_a_chat_template_gets_the_base_template(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_chat_template_gets_the_base_template(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     policy, tokenizer = load_policy(str(tiny_llama)), load_tokenizer(str(tiny_llama))
     tokenizer.chat_template = None
     rollout = roll_out(policy, tokenizer, config(max_new_tokens=2), TASKS[:1])
@@ -752,7 +916,9 @@ def test_a_model_without_a_chat_template_gets_the_base_template(tiny_llama: Path
     assert rollout.text[0].startswith("<think>")
 
 
-def test_wandb_logs_each_line_offline(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_logs_each_line_offline(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[str, dict]] = []
     logged: list[dict] = []
     fake = SimpleNamespace(
@@ -780,10 +946,16 @@ assert not {"wandb", "datasets"} & set(sys.modules)
 assert not torch.cuda.is_initialized()
 assert torch.get_default_dtype() == torch.float32
 """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))
+    }
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir()), "nothing is written"
