@@ -1,463 +1,300 @@
-"""R1-Zero in one file: a base model learns to reason from rule-based rewards alone, by GRPO (arXiv 2501.12948).
+"""R1-Zero in one file: a base model learns to reason from rule-based rewards alone, by GRPO.
 
-    The algorithm, each step                                       where (2 to 6 in train_step)
-    1. draw Q questions                                            question_at, in main
-    2. sample G completions of each from the policy                generate
-    3. reward each completion: is the answer right, the form kept  score
-    4. advantage = reward relative to its group         (eq. 3)    group_advantages
-    5. clipped ratio times advantage, less a k3 penalty (eq. 1, 2) grpo_loss
-    6. step the optimizer, mu times                                update
-    7. now and then, measure on held-out questions                 evaluate
+    The algorithm, each step                                              function
+    1. draw Q questions                                                   question_at, in main
+    2. sample G completions of each question from the policy              generate
+    3. reward each completion: is it right, and is it well-formed         score
+    4. advantage: the reward relative to its group          (equation 3)  group_advantages
+    5. clipped ratio times advantage, less the KL penalty   (1 and 2)     grpo_loss
+    6. step the optimizer, mu times on each rollout                       update
+    7. now and then, measure accuracy on held-out questions               evaluate
 
-    uv run R1ZeroTrain.py                     # a tiny policy learns Countdown in minutes, on any computer
-    uv run R1ZeroTrain.py --recipe gsm8k      # a real model on real questions
-    uv run R1ZeroTrain.py --help              # every option, its meaning and default
+    uv run R1ZeroTrain.py                     # a tiny model learns Countdown, on any computer
+    uv run R1ZeroTrain.py --recipe gsm8k      # a real model, a real dataset
+    uv run R1ZeroTrain.py --help              # every option, its meaning and its default
 
-Shapes: Q questions a step, G completions a question, N = Q·G rows (question by question), P prompt tokens (padded
-left), T completion tokens (padded right), V vocabulary; small letters, [q, P] or [n, T], stand for some of them.
+Equations are those of DeepSeek-R1 (arXiv 2501.12948). The file has four parts: the algorithm,
+evaluation, speed, the run. Part 1 is all of GRPO. It calls a few functions of Part 3; you need only
+read their docstrings.
 
-Where it departs from the paper: ratio and clip are taken of each token and averaged over a completion, as in GRPO's
-first paper (DeepSeekMath, arXiv 2402.03300), not of the completion as a whole; the advantage divides by std + 1e-4 (as
-TRL does); the reference stays the first policy. `--loss` offers the weightings of DAPO and Dr. GRPO besides.
+Shapes: Q questions a step, G completions a question, N = Q·G rows (those of a question are
+adjacent), P prompt tokens (padded left), T completion tokens (padded right), V vocabulary size.
+Lower case denotes a subset: n of the N rows, q of the Q questions.
+
+Departures from the paper: the ratio and its clip are per token, as in the first paper on GRPO
+(DeepSeekMath, arXiv 2402.03300); the advantage is divided by std + 1e-4, as in TRL; the reference
+stays the initial policy.
 """
 
 import copy
 import hashlib
-import itertools
+import inspect
+import json
 import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_type_hints
 
-if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # once, however many processes there are
-    print("loading torch and transformers", flush=True)  # takes seconds, which should not pass in silence
+IS_MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the first writes and prints
+if __name__ == "__main__" and IS_MAIN:  # the imports below take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C exits without a traceback
+    print("loading torch and transformers", flush=True)
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from accelerate.utils import fsdp2_prepare_model, gather_object
 from accelerate.utils.memory import clear_device_cache
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.generation.streamers import TextStreamer
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import HfArgumentParser, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.logging import disable_progress_bar
 
-# What goes into a run: questions, models' files, options.
-from prompts import TASKS, UsageError, command_line, encode, ends_when_asked, exit_code, load_questions
-from prompts import load_tokenizer, model_files, parse, render_prompt, typed
+from prompts import TASKS, UsageError, encode, load_questions, render_prompt
+from rewards import eval_metrics, extract_answer, format_reward, step_means
 
-# What comes out of it: rewards and other figures, logs, checkpoints.
-from rewards import Log, evaluation, extract_answer, format_reward, newest_whole, open_run_dir, printable
-from rewards import progress_bar, save_model, step_means, summary, table, trouble, write_card, write_checkpoint
-
-# ---- Config: every option, its default and its meaning, once --------------------------------------------------------
-# Types that say which values can work, from the first to the second; 2**20 stands for "as many as you like".
-Count = Annotated[int, (1, 2**20)]
-CountOrNone = Annotated[int, (0, 2**20)]
-Share = Annotated[float, (0, 1)]
-Weight = Annotated[float, (0, 100)]
-Positive = Annotated[float, (0.001, 1000)]
-
-
-def option(default: object, meaning: str) -> object:
-    """A Config field: its default, and what --help says of it."""
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": meaning})
+Count = Annotated[int, 1]  # an integer of at least 1; parse_config checks it
+CountOrZero = Annotated[int, 0]
+Float = Annotated[float, 0.0]
 
 
 @dataclass
 class Config:
-    recipe: Literal["tiny", "tinyzero", "gsm8k", "mac", "deepscaler"] = option("tiny", "options by name, see below")
-    # The policy and what it is asked
-    model: str = option("notebooks/tiny-base", "policy to start from: a save_pretrained folder or a hub name")
-    task: str = option("countdown", f"what is asked, and which reward grades it: {', '.join(TASKS)}")
-    template: Literal["auto", "base", "chat"] = option("auto", "auto: the model's chat template if it has one")
-    dataset: str = option("", "hub dataset or local .jsonl .json .parquet .csv file; empty: the task's own")
-    eval_dataset: str = option("", "dataset that evaluations ask; empty: what --dataset holds out")
-    operands: Annotated[int, (2, 5)] = option(3, "numbers in a generated Countdown problem")
-    operand_range: list[int] = option([1, 9], "smallest and largest number of a generated Countdown problem")
-    target_range: list[int] = option([1, 99], "smallest and largest target of a generated Countdown problem")
+    """The options of the command line. The comment beside each is also its --help text."""
+
+    recipe: Literal["tiny", "tinyzero", "gsm8k", "mac", "deepscaler"] = "tiny"  # options in RECIPES
+
+    # The policy and its questions
+    model: str = "notebooks/tiny-base"  # initial policy: a model folder or a hub name
+    task: str = "countdown"  # kind of question and its reward: countdown, gsm8k, math or your own
+    template: Literal["auto", "base", "chat"] = "auto"  # auto: the chat template if there is one
+    dataset: str = ""  # hub name, folder, or .jsonl .json .csv .parquet file; empty: the task's own
+    eval_dataset: str = ""  # dataset to evaluate on; empty: the held-out part of --dataset
     # Rollouts
-    steps: CountOrNone = option(36, "rollouts to train on")
-    questions_per_step: Count = option(16, "Q: questions in a step, over all processes")
-    group_size: Annotated[int, (2, 2**20)] = option(16, "G: completions sampled for each question")
-    max_new_tokens: Count = option(256, "T: tokens of the longest completion; longer ones are cut off there")
-    temperature: Positive = option(1.0, "softmax temperature that completions are sampled and scored at")
-    rollout_rows: Count = option(256, "completions sampled at once: bounds the KV cache")
-    format_weight: Weight = option(0.1, "reward for a well-formed completion; a right answer earns 1")
-    # The update
-    lr: Share = option(4e-4, "AdamW's learning rate at the first step")
-    lr_final: Share = option(0.0, "share of lr left after the last step; in between it falls linearly")
-    kl_beta: Weight = option(0.001, "beta of eq. 1: weight of the KL penalty; 0 needs no reference model")
-    clip_low: Share = option(0.2, "epsilon of eq. 1: the ratio is clipped at 1 - clip_low")
-    clip_high: Weight = option(0.2, "epsilon of eq. 1: the ratio is clipped at 1 + clip_high")
-    loss: Literal["grpo", "dapo", "dr_grpo"] = option("grpo", "how much a token weighs: see token_weights")
-    advantage_scale: Literal["group", "none"] = option("group", "divide by the group's std (eq. 3), or by nothing")
-    updates_per_rollout: Count = option(1, "mu of DeepSeekMath's Algorithm 1: optimizer steps on one rollout")
-    max_grad_norm: Positive = option(1.0, "a longer gradient is scaled down to this norm")
-    tokens_per_microbatch: Count = option(8192, "tokens in one forward pass: bounds memory, not the result")
-    gradient_checkpointing: bool = option(False, "keep layers' inputs alone for the backward pass: leaner, slower")
-    # Evaluation, files and machine
-    eval_every: CountOrNone = option(0, "steps between evaluations; 0: only before and after")
-    eval_questions: Count = option(512, "held-out questions in an evaluation")
-    eval_samples: Count = option(1, "K: completions sampled for each held-out question")
-    eval_only: bool = option(False, "evaluate the model, and stop")
-    ask: str | None = option(None, "ask the model this one question, and stop; a Countdown as '44 19 35 = 98'")
-    seed: Annotated[int, (0, 2**53)] = option(0, "all that is random follows from it")
-    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "auto: CUDA, else MPS, else CPU")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "precision of the computing; weights stay float32")
-    run_dir: str = option("", "where the run's files go; empty: runs/<recipe>-<time>")
-    save_every: CountOrNone = option(10, "steps between checkpoints; 0: only at the end")
-    resume: str = option("", "run directory to go on with, its options the defaults")
-    wandb: bool = option(False, "log to Weights & Biases too: offline, unless WANDB_MODE says otherwise")
+    steps: CountOrZero = 36  # rollouts to train on
+    questions_per_step: Count = 16  # Q: questions of a step, over all processes
+    group_size: Annotated[int, 2] = 16  # G: completions sampled for each question
+    max_new_tokens: Count = 256  # T: tokens after which a completion is truncated
+    temperature: Annotated[float, 0.001] = 1.0  # of the softmax, in sampling and in training
+    rollout_rows: Count = 256  # completions sampled at a time: bounds the KV cache
+    format_weight: Float = 0.1  # reward for the right format; a correct answer earns 1
+    # Update
+    lr: Float = 4e-4  # learning rate of AdamW at the first step
+    lr_final: Float = 0.0  # final learning rate as a share of lr; the decay is linear
+    kl_beta: Float = 0.001  # beta: weight of the KL penalty; 0 needs no reference model
+    clip_low: Float = 0.2  # epsilon: the ratio is clipped at 1 - clip_low
+    clip_high: Float = 0.2  # epsilon: the ratio is clipped at 1 + clip_high
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # token weights: see token_weights
+    advantage_scale: Literal["group", "none"] = "group"  # divide by the group's std, or by nothing
+    updates_per_rollout: Count = 1  # mu: optimizer steps on each rollout
+    max_grad_norm: Annotated[float, 0.001] = 1.0  # a larger gradient is scaled down to this norm
+    tokens_per_microbatch: Count = 8192  # tokens of a forward pass in training: bounds memory
+    gradient_checkpointing: bool = False  # recompute activations: less memory, slower
+    # Evaluation
+    eval_every: CountOrZero = 0  # steps between evaluations; 0: only before and after
+    eval_questions: Count = 512  # held-out questions in an evaluation
+    eval_samples: Count = 1  # K: completions sampled for each held-out question
+    eval_only: bool = False  # evaluate, do not train
+    ask: str = ""  # complete this question, do not train; for Countdown "44 19 35 = 98"
+    # Run
+    seed: CountOrZero = 0  # of all random numbers
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA, else MPS, else CPU
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; trained weights are float32
+    run_dir: str = ""  # folder for the files of the run; empty: runs/<recipe>-<time>
+    save_every: CountOrZero = 10  # steps between checkpoints; 0: only at the end
+    resume: str = ""  # folder of a run to continue, with the options that it had
+    wandb: bool = False  # log to Weights & Biases too, offline unless WANDB_MODE says otherwise
 
 
-parse_config = partial(parse, Config)  # the words of a command line -> Config
+# ==== Part 1. The algorithm =======================================================================
+def train_step(
+    policy, reference, sampler, optimizer, tokenizer, questions: list[dict], cfg, accelerator
+) -> tuple[dict, list[dict]]:
+    """A rollout and the update on it. Returns (metrics, samples).
+
+    policy is pi_theta and reference is pi_ref. sampler has the policy's weights in the precision of
+    cfg.dtype: it is the policy itself, or a copy of it that samples faster."""
+    start = time.perf_counter()
+    rollout = generate(sampler, tokenizer, questions, cfg.group_size, cfg)
+    sampling = time.perf_counter() - start
+
+    samples = score(rollout, questions, cfg)
+    rewards = torch.tensor([sample["reward"] for sample in samples], device=rollout.ids.device)
+    advantages = group_advantages(rewards.view(-1, cfg.group_size), cfg.advantage_scale)  # [N]
+
+    metrics = update(policy, reference, optimizer, rollout, advantages, cfg, accelerator)
+    refresh(sampler, policy, cfg.dtype)  # the new policy samples the next rollout
+
+    samples = [s | {"advantage": a} for s, a in zip(samples, advantages.tolist())]
+    samples = gather_object(samples)  # those of all processes
+    metrics |= step_means(samples)  # of reward, accuracy, format, length, truncated
+    metrics["completion_tokens_per_second"] = len(samples) * metrics["length"] / sampling
+    metrics["seconds"] = time.perf_counter() - start
+    return metrics, samples
 
 
-# ---- Device, randomness, policy -------------------------------------------------------------------------------------
-def make_accelerator(cfg: Config) -> Accelerator:
-    """One process or many, on CUDA, else MPS, else CPU; lower precision is autocast's job, in `forward`."""
-    mps = torch.backends.mps.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"  # gloo can't send from it
-    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if cfg.device not in ("auto", "cpu", best):
-        raise UsageError(f"--device {cfg.device}: this machine has {best}; try {best}")
-    # Processes may differ in how often they call the model: then an exchange of buffers at each call would never end.
-    options = {"mixed_precision": "no", "kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
-    if os.environ.get("FSDP_VERSION") == "2":  # set by accelerate launch --use_fsdp --fsdp_version 2
-        # Each process reads all weights, as set_up copies them; layers are gathered in the precision of the computing.
-        plugin = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
-        plugin["mixed_precision_policy"] = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32)
-        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(**plugin)
-    accelerator = Accelerator(cpu="cpu" in (cfg.device, best), log_with="wandb" if cfg.wandb else None, **options)
-    if cfg.questions_per_step % (n := accelerator.num_processes):
-        raise UsageError(f"--questions_per_step {cfg.questions_per_step}: not a multiple of {n} processes; try {4 * n}")
-    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not accelerator.is_fsdp2:
-        raise UsageError("only DDP and FSDP2 are supported; try accelerate launch --use_fsdp --fsdp_version 2")
-    return accelerator
+@dataclass
+class Rollout:
+    """N = Q·G completions and their prompts. Where ids are -1 there is no token."""
+
+    prompt_ids: Tensor  # [N, P], padded left
+    ids: Tensor  # [N, T], padded right; a completion that is not truncated ends in EOS
+    lengths: Tensor  # [N], tokens of each completion, EOS included
+    truncated: Tensor  # [N], True where a completion has T tokens and no EOS
+    logp_sampled: Tensor  # [N, T], log-probability of each token when it was sampled
+    text: list[str]  # N completions as they are scored, with the prompt's <think> put back
 
 
-def seeded(*key: object) -> torch.Generator:
-    """A generator that depends on the key alone, so that no random state needs saving and none is shared."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+def generate(policy, tokenizer, questions: list[dict], group_size: int, cfg) -> Rollout:
+    """Samples `group_size` completions of each question from softmax(logits / cfg.temperature).
 
+    A question is a dict of its text ("question"), its number in the run ("index") and what its
+    reward needs ("answer"). A completion depends on the weights, the question and cfg only."""
+    prompts = [render_prompt(tokenizer, q["question"], cfg.template) for q in questions]
+    tokens = [torch.tensor(ids) for ids in encode(tokenizer, prompts, cfg.template)["input_ids"]]
+    prompt_ids = pad_sequence(tokens, batch_first=True, padding_value=-1, padding_side="left")
+    prompt_ids = prompt_ids.repeat_interleave(group_size, 0).to(policy.device)  # [N, P]
 
-def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """The model in float32: at lr 1e-6 an update is smaller than half a bfloat16 step, and would be lost."""
-    with model_files(model) as files:
-        capped = getattr(AutoConfig.from_pretrained(**files).get_text_config(), "attn_logit_softcapping", None)
-        # Written out where sdpa is wrong: Gemma 2's cap before transformers 5.22; MPS with padding (pytorch 184180).
-        if capped or torch.backends.mps.is_available():
-            files["attn_implementation"] = "eager"
-        policy, loaded = AutoModelForCausalLM.from_pretrained(
-            **files, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-        if loaded["missing_keys"]:  # transformers would go on with random weights in their place
-            raise ValueError(f"it lacks the weights {sorted(loaded['missing_keys'])[:3]}")
-        if gradient_checkpointing and not policy.supports_gradient_checkpointing:
-            raise ValueError("it does not support --gradient_checkpointing")
-    policy.eval()  # dropout would make the ratio differ from 1 on the first update
-    for module in policy.modules():
-        if gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
-    policy.plain_head = has_plain_head(policy)
-    return policy
+    # A random number for each token, drawn beforehand: neither device nor batch size changes them.
+    generators = [seeded(cfg.seed, question["index"]) for question in questions]
+    uniforms = [torch.rand(group_size, cfg.max_new_tokens, generator=g) for g in generators]
+    uniforms = torch.cat(uniforms).to(policy.device)  # [N, T]
 
+    eos = policy.generation_config.eos_token_id  # a token, a list of several, or None
+    eos = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    eos = torch.tensor([token for token in eos if token is not None], device=policy.device)
 
-def refresh(sampler, model, dtype: str) -> None:
-    """Gives the sampler the model's weights in the precision of the computing: once here, not once for each token."""
-    for weight, master in zip(sampler.parameters(), model.parameters(), strict=True):
-        if weight is not master:  # float32 weights are shared
-            cast = master.detach().to(getattr(torch, dtype))
-            weight.data = cast.full_tensor() if hasattr(cast, "full_tensor") else cast  # FSDP: from all processes
+    chunks = torch.arange(len(prompt_ids)).split(cfg.rollout_rows)
+    parts = [sample(policy, prompt_ids[rows], uniforms[rows], eos, cfg) for rows in chunks]
+    ids = torch.cat([ids for ids, _ in parts])  # [N, T]
+    logp_sampled = torch.cat([logp for _, logp in parts])  # [N, T]
+
+    is_eos = torch.isin(ids, eos)
+    after_eos = is_eos.cumsum(1) - is_eos.long() > 0  # True for all tokens after the first EOS
+    ids = ids.masked_fill(after_eos, -1)
+    lengths, truncated = (ids >= 0).sum(1), ~is_eos.any(1)
+
+    text = []
+    for i, row in enumerate(ids):
+        prompt = prompts[i // group_size]
+        opening = prompt[prompt.rindex("<think>") :]  # every prompt ends in an open <think>
+        text.append(opening + tokenizer.decode(row[(row >= 0) & ~is_eos[i]]))
+    return Rollout(prompt_ids, ids, lengths, truncated, logp_sampled, text)
 
 
 @torch.no_grad()
-def has_plain_head(model) -> bool:
-    """Whether logits are states · head.weight^T and no more: no bias, no scaling, no soft-capping (Gemma 2, Cohere)."""
-    head = model.get_output_embeddings()
-    # Values of all sizes in place of the head's, as a cap of 30 would hardly show in the logits of a random model: the
-    # hook's value replaces them (extend returns None).
-    probe, seen = torch.linspace(-1000, 1000, head.weight.shape[0], device=head.weight.device), []
-    hook = head.register_forward_hook(lambda _, args, out: seen.extend([args[0], out]) or probe.expand_as(out))
-    out = model(torch.zeros(1, 1, dtype=torch.long, device=probe.device), use_cache=False, output_hidden_states=True)
-    hook.remove()
-    states, logits = seen
-    same = torch.equal(states, out.hidden_states[-1]) and torch.equal(out.logits, probe.expand_as(logits))
-    return same and torch.allclose(logits, states @ head.weight.T, 1e-4, 1e-4 * logits.abs().max().item())
+def sample(policy, prompt_ids: Tensor, uniforms: Tensor, eos: Tensor, cfg) -> tuple:
+    """Completes prompt_ids [n, P] with the random numbers uniforms [n, T], until each has its EOS.
 
+    Returns ids and logp_sampled, both [n, T]. A row may go on for some tokens after its EOS."""
+    ids = torch.full_like(uniforms, -1, dtype=torch.long)
+    logp_sampled = torch.zeros_like(uniforms)
+    logits, cache, mask = read_prompts(policy, prompt_ids, uniforms.shape[1], cfg)
 
-# ---- Rollouts: sample G completions of each question ----------------------------------------------------------------
-@dataclass
-class Rollout:
-    """N = Q·G sampled completions, the rows of one question side by side."""
+    rows = torch.arange(len(ids), device=ids.device)  # those still in the batch
+    for t in tqdm(range(uniforms.shape[1]), "token", leave=False, disable=not IS_MAIN or None):
+        if t > 0:
+            logits = forward(policy, ids[rows, t - 1, None], mask[rows], cfg, cache)
+        ids[rows, t], logp_sampled[rows, t] = draw(logits[:, 0], uniforms[rows, t], cfg.temperature)
 
-    prompt_ids: Tensor  # [Q, P], padded left
-    prompt_mask: Tensor  # [Q, P], False on padding
-    ids: Tensor  # [N, T], padded right; EOS, where there is one, is the last token
-    lengths: Tensor  # [N], tokens of each completion, EOS included
-    logp_sampled: Tensor  # [N, T], log-probability each token was sampled with; logp_gap compares it with logp_old
-    truncated: Tensor  # [N], True where the token limit cut the completion off
-    prompts: list[str]  # Q prompts as the model reads them
-    text: list[str]  # N completions as the rewards read them, from the prefilled <think> on
-
-
-class RoomyLayer(DynamicLayer):
-    """KV cache of one layer with room to grow: DynamicLayer would copy all it holds for each new token."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        held = (self.keys, self.values) if start else (key_states[..., :0, :], value_states[..., :0, :])
-        # Rows that were copied to their group, or left, are new tensors and need a new room, like one outgrown.
-        if start == 0 or end > self.room[0].shape[-2] or held[0].data_ptr() != self.room[0].data_ptr():
-            self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
-            self.room = [kept.new_empty(*kept.shape[:2], end + max(64, end // 2), kept.shape[3]) for kept in held]
-            for room, kept in zip(self.room, held, strict=True):
-                room[..., :start, :] = kept
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[..., start:end, :] = new
-        self.keys, self.values = (room[..., :end, :] for room in self.room)
-        return self.keys, self.values
-
-
-def forward(model, ids: Tensor, mask: Tensor | None, keep: int, dtype: str, cache=None, states=False) -> Tensor:
-    """Logits [rows, keep, V] of the last `keep` positions of ids [rows, new]; mask [rows, past + new] or None.
-
-    With `states` what the head would make them of, the last layer's output [rows, keep, width].
-    """
-    positions = None  # padding on the left takes no position: mask 0 0 1 1, positions 0 0 0 1
-    if mask is not None:
-        positions = (mask.sum(-1, keepdim=True) - torch.arange(ids.shape[1], 0, -1, device=ids.device)).clamp(min=0)
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        # logits_to_keep: those of the prompt would be large, and nobody reads them.
-        options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": 1 if states else keep}
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=states, **options)
-    return out.hidden_states[-1][:, -keep:] if states else out.logits.float()
+        if t % 8 == 7:  # not at every token, because the CPU has to wait for a GPU here
+            rows = drop_finished(rows, ids, eos, cache)
+            if len(rows) == 0:
+                break
+    return ids, logp_sampled
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """A token of each row and its log-probability, each [rows, 1], by inverse CDF from logits [rows, V]."""
-    probabilities = torch.softmax(logits / temperature, dim=-1)  # [rows, V]: pi_old of eq. 1
+    """A token for each row of logits [n, V], and its log-probability: [n] each.
+
+    By inverse CDF: it is the first token whose cumulative probability exceeds the random number."""
+    probabilities = torch.softmax(logits / temperature, dim=-1)  # [n, V]
     cdf = probabilities.cumsum(-1)
-    # The first token whose cumulated probability exceeds u, scaled to what float32 sums up to. It exceeds, right=True,
-    # rather than reaches it, so that u = 0 picks no token of probability 0.
-    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
-    return token, probabilities.gather(1, token).log()
+    # Rounding can leave cdf[-1] below 1. right=True: 0.0 must not draw a token of probability 0.
+    token = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
+    token = token.clamp(max=cdf.shape[1] - 1)
+    return token[:, 0], probabilities.gather(1, token)[:, 0].log()
 
 
-@torch.no_grad()
-def sample(
-    policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos: Tensor, cfg: Config, progress: Callable
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One completion of the [q, P] prompts for each row of uniforms [n, T], n/q of each prompt.
-
-    Returns ids, logp_sampled [n, T] and lengths, truncated [n]. Each prompt goes through the model once and its cache
-    is copied to its group. Row i, token t uses up uniforms[i, t], whatever other rows are still in the batch.
-    """
-    group_size = len(uniforms) // len(prompt_ids)
-    ids = torch.zeros(uniforms.shape, dtype=torch.long, device=uniforms.device)  # [n, T]
-    logp_sampled = torch.zeros_like(uniforms)  # [n, T]
-    lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)  # [n]
-    truncated = torch.ones_like(lengths, dtype=torch.bool)  # [n]
-    cache = DynamicCache(config=policy.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    padded = not prompt_mask.all()  # without a mask the attention kernels run faster
-    logits = forward(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache)
-    logits, mask = (x.repeat_interleave(group_size, 0) for x in (logits, prompt_mask))
-    cache.batch_repeat_interleave(group_size)
-    rows = torch.arange(len(ids), device=ids.device)  # which completion each row of the shrinking batch is
-    alive = torch.ones_like(rows, dtype=torch.bool)
-    for t in range(cfg.max_new_tokens):
-        token, logp = draw(logits[:, -1], uniforms[rows, t, None], cfg.temperature)  # [rows, 1] each
-        ids[rows, t] = token[:, 0] * alive  # a row that has finished goes on until it leaves the batch
-        logp_sampled[rows, t] = logp[:, 0]
-        lengths[rows] += alive
-        alive &= ~torch.isin(token[:, 0], eos)
-        truncated[rows] = alive
-        progress(f"token {t + 1}", ids[:, : t + 1])
-        if t + 1 == cfg.max_new_tokens:
-            break
-        if t % 8 == 7 or len(rows) == 1:  # not at each token: the CPU, to see who is alive, waits for the device
-            keep = alive.nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            if len(keep) <= 0.8 * len(rows):  # finished rows leave; not at each end, as it copies the cache
-                cache.batch_select_indices(keep)
-                rows, token, mask, alive = rows[keep], token[keep], mask[keep], alive[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = forward(policy, token, mask if padded else None, 1, cfg.dtype, cache)
-    return ids, logp_sampled, lengths, truncated
+def seeded(*key: object) -> torch.Generator:
+    """A generator that depends on `key` only, so that no random state has to be saved."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).hexdigest()  # hash() varies by run
+    return torch.Generator().manual_seed(int(digest[:15], 16))
 
 
-def generate(
-    policy, tokenizer, tasks: list[dict], group_size: int, cfg: Config, stream: str, progress: Callable
-) -> Rollout:
-    """Samples `group_size` completions of each task: softmax at cfg.temperature, no top-p or top-k.
-
-    What is random in a task's completions depends on (cfg.seed, stream, the task's index) alone.
-    """
-    device = next(policy.parameters()).device
-    prompts = [render_prompt(tokenizer, task["question"], cfg.template) for task in tasks]
-    padded = encode(tokenizer, prompts, cfg.template, padding=True, padding_side="left", return_tensors="pt")
-    prompt_ids, prompt_mask = padded["input_ids"].to(device), padded["attention_mask"].to(device).bool()  # [Q, P]
-    ends = policy.generation_config.eos_token_id  # chat models have several
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    eos = torch.tensor(sorted(ends), device=device)
-    parts = []
-    for chunk in torch.arange(len(tasks)).split(max(1, cfg.rollout_rows // group_size)):
-        sources = [seeded(cfg.seed, stream, tasks[q]["index"]) for q in chunk.tolist()]
-        uniforms = torch.cat([torch.rand(group_size, cfg.max_new_tokens, generator=source) for source in sources])
-        for piece in uniforms.to(device).split(cfg.rollout_rows):  # several, where a group is larger
-            parts.append(sample(policy, prompt_ids[chunk], prompt_mask[chunk], piece, eos, cfg, progress))
-    ids, logp_sampled, lengths, truncated = (torch.cat(part) for part in zip(*parts, strict=True))
-    # Only the EOS that ended a completion is left out of its text: special tokens elsewhere are what it wrote.
-    kept = (lengths - (~truncated).long()).tolist()
-    bodies = tokenizer.batch_decode([row[:n] for row, n in zip(ids.tolist(), kept, strict=True)])
-    openings = ["<think>" + prompt.rpartition("<think>")[2] for prompt in prompts]
-    text = [openings[i // group_size] + body for i, body in enumerate(bodies)]
-    return Rollout(prompt_ids, prompt_mask, ids, lengths, logp_sampled, truncated, prompts, text)
-
-
-def score(rollout: Rollout, tasks: list[dict], cfg: Config) -> list[dict]:
-    """N samples: each completion with its question, its reward (r of eq. 3), and what else is worth knowing of it."""
-    group_size = len(rollout.text) // len(tasks)
+def score(rollout: Rollout, questions: list[dict], cfg) -> list[dict]:
+    """N samples: each completion with its question, its reward (r_i) and the parts of it."""
+    group_size = len(rollout.text) // len(questions)
     samples = []
     for i, text in enumerate(rollout.text):
-        task, prompt = tasks[i // group_size], rollout.prompts[i // group_size]
-        accuracy, well_formed = TASKS[cfg.task].reward(text, **task["answer"]), format_reward(text)
-        sample = {"question": task["question"], "prompt": prompt, "text": text, "accuracy": accuracy}
-        sample |= {"format": well_formed, "reward": accuracy + cfg.format_weight * well_formed}
-        samples.append(sample | {"length": int(rollout.lengths[i]), "truncated": bool(rollout.truncated[i])})
+        question = questions[i // group_size]
+        accuracy = TASKS[cfg.task].reward(text, **question["answer"])  # 1.0: the answer is right
+        well_formed = format_reward(text)  # 1.0: <think>...</think> <answer>...</answer>
+        sample = {
+            "question": question["question"],
+            "text": text,
+            "reward": accuracy + cfg.format_weight * well_formed,
+            "accuracy": accuracy,
+            "format": well_formed,
+            "length": int(rollout.lengths[i]),
+            "truncated": bool(rollout.truncated[i]),
+        }
+        samples.append(sample)
     return samples
 
 
-# ---- The objective: equations 1 to 3 --------------------------------------------------------------------------------
-def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, mask), each [n, T]: log pi(o_it | q, o_i<t) of the rows' completions at the temperature they were
-    sampled with: the distribution that is scored is the one that was sampled. T and P are the rows' own widest."""
-    width = int(rollout.lengths[rows].max())
-    mask = torch.arange(width, device=rows.device) < rollout.lengths[rows, None]  # [n, T]: from lengths, so EOS counts
-    ids = rollout.ids[rows, :width]  # [n, T]
-    questions, question = (rows // (len(rollout.ids) // len(rollout.prompt_ids))).unique(return_inverse=True)
-    prompt_mask = rollout.prompt_mask[questions]
-    prompt_width = int(prompt_mask.sum(-1).max())
-    prompt_ids, prompt_mask = rollout.prompt_ids[questions, -prompt_width:], prompt_mask[:, -prompt_width:]  # [q, P]
-    # Padding on the right is out of sight of a causal model; only padding on the left must be masked.
-    padded = not prompt_mask.all()
-    attention = torch.cat([prompt_mask[question], torch.ones_like(mask)[:, 1:]], dim=1) if padded else None
-    model = getattr(policy, "module", policy)  # in several processes the policy is wrapped
-    # No cache where a layer that is run again would find its own tokens in it, or where each call exchanges weights.
-    if cfg.gradient_checkpointing or isinstance(model, FSDPModule):
-        whole = torch.cat([prompt_ids[question], ids[:, :-1]], dim=1)
-        out = forward(policy, whole, attention, width, cfg.dtype, states=model.plain_head)
-    else:  # as in sampling, each prompt goes through the model once, and its rows share the cache
-        cache = DynamicCache()
-        out = forward(policy, prompt_ids, prompt_mask if padded else None, 1, cfg.dtype, cache, model.plain_head)
-        out = out.index_select(0, question)  # indexing would add up gradients in the order in which threads come
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys.index_select(0, question), layer.values.index_select(0, question)
-        if width > 1:
-            rest = forward(policy, ids[:, :-1], attention, width - 1, cfg.dtype, cache, model.plain_head)
-            out = torch.cat([out, rest], dim=1)  # [n, T, ...]: the prompt's end predicts token 0, token 0 the next
-    if model.plain_head:
-        head = model.get_output_embeddings().weight
-        packed = HeadLogprobs.apply(out[mask], head, ids[mask], cfg)
-        return *(torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x) for x in packed), mask
-    all_logp = torch.log_softmax(out / cfg.temperature, dim=-1)  # [n, T, V]
-    with torch.no_grad():
-        entropy = -(all_logp.exp() * all_logp).sum(-1)
-    return all_logp.gather(-1, ids[..., None])[..., 0], entropy, mask
-
-
-LOGITS_AT_ONCE = 2**21  # 8 MB: a CPU has them in its cache
-
-
-class HeadLogprobs(torch.autograd.Function):
-    """states [n, width], head [V, width], ids [n] -> (logp, entropy), each [n], without logits [n, V] as a whole.
-
-    They would be most of the memory. So they are made for a piece of the vocabulary at a time, and made again in the
-    backward pass.
-    """
-
-    @staticmethod
-    def pieces(states: Tensor, head: Tensor, ids: Tensor, cfg: Config) -> Iterator[tuple]:
-        """Of each piece: its rows of the head, logits [n, size], where ids are in it, and whether, both [n, 1]."""
-        dtype, size = getattr(torch, cfg.dtype), 1 + LOGITS_AT_ONCE // len(ids)
-        for start, piece in zip(range(0, len(head), size), head.split(size), strict=True):
-            logits = (states.to(dtype) @ piece.to(dtype).T).float() / cfg.temperature
-            place = (ids - start).clamp(0, len(piece) - 1)[:, None]
-            yield slice(start, start + size), logits, place, place == (ids - start)[:, None]
-
-    @staticmethod
-    def forward(ctx, states: Tensor, head: Tensor, ids: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
-        chosen = torch.zeros_like(ids, dtype=torch.float32)
-        mean, log_sum = torch.zeros_like(chosen), torch.full_like(chosen, -torch.inf)  # of the pieces so far
-        for _, logits, place, here in HeadLogprobs.pieces(states, head, ids, cfg):
-            chosen += (logits.gather(1, place) * here)[:, 0]
-            piece = logits.logsumexp(1)
-            total = torch.logaddexp(log_sum, piece)
-            mean_of_piece = torch.linalg.vecdot((logits - piece[:, None]).exp_(), logits)  # mean logit under softmax
-            mean = mean * (log_sum - total).exp() + mean_of_piece * (piece - total).exp()
-            log_sum = total
-        entropy = log_sum - mean
-        ctx.save_for_backward(states, head, ids, log_sum)
-        ctx.cfg = cfg
-        ctx.mark_non_differentiable(entropy)
-        return chosen - log_sum, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logp: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        states, head, ids, log_sum = ctx.saved_tensors
-        scale, dtype = grad_logp[:, None] / ctx.cfg.temperature, getattr(torch, ctx.cfg.dtype)
-        # In float32 whatever states are, as the many pieces' are added up in it.
-        grad_states, grad_head = torch.zeros_like(states, dtype=torch.float32), torch.empty_like(head)
-        for rows, logits, place, here in HeadLogprobs.pieces(states, head, ids, ctx.cfg):
-            # d logp / d logits = one-hot - softmax; in place, as each pass over the logits takes its time
-            softmax = logits.sub_(log_sum[:, None]).exp_()
-            grad = softmax.mul_(-scale).scatter_add_(1, place, scale * here).to(dtype)
-            grad_states += grad @ head[rows].to(dtype)
-            grad_head[rows] = grad.T @ states.to(dtype)
-        return grad_states, grad_head, None, None
-
-
 def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
-    """Equation 3: rewards [Q, G] -> advantages [Q·G], each reward relative to the other completions of its question.
+    """Equation 3: rewards [Q, G] -> advantages [Q·G], relative to the other rewards of the group.
 
-    `scale` "group" divides by the group's standard deviation (ddof 1) + 1e-4; "none" does not (Dr. GRPO, arXiv
-    2503.20783). A group whose rewards are all equal teaches nothing: its advantages are exactly 0.
-    """
+    `scale` "group" divides by the group's standard deviation (ddof 1) + 1e-4; "none" does not
+    (Dr. GRPO, arXiv 2503.20783). A group of equal rewards has advantages of exactly 0."""
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "group":
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # the mean of equal floats may be off by a bit
-    return advantages.masked_fill(all_equal, 0.0).flatten()
+    # The mean of equal floats can be off by a bit, which the division would magnify.
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0).flatten()
+
+
+def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg) -> tuple[Tensor, Tensor, Tensor]:
+    """log pi(o_i,t | q, o_i,<t) of the completions `rows`: (logp, entropy, mask), [n, T] each.
+
+    T is here the length of the longest of them. Logits are divided by the sampling temperature: the
+    distribution that is scored is the one that was sampled from. Its entropy is in nats."""
+    ids = rollout.ids[rows, : int(rollout.lengths[rows].max())]  # [n, T]
+    mask = ids >= 0  # EOS counts: the policy must learn when to stop
+    logp, entropy = predict(policy, rollout.prompt_ids[rows], ids, cfg)
+    return logp, entropy, mask
 
 
 def token_weights(lengths: Tensor, loss: str, max_new_tokens: int) -> Tensor:
-    """lengths [N] -> weights [N], one for every token of row i; N and the lengths are those of the whole step.
+    """lengths [N] -> [N]: the weight in the loss of each token of completion i. N counts all
+    completions of the step: splitting them into micro-batches or over processes changes nothing.
 
-    Weights are given before rows are split into micro-batches, or over processes: how they are split changes nothing.
-    `grpo` 1/(len_i·N): the mean over rows of the mean over a row's tokens, eq. 1. `dapo` 1/Σlen: all tokens count
-    alike (arXiv 2503.14476). `dr_grpo` 1/(N·max_new_tokens): the same, but a constant (arXiv 2503.20783).
-    """
+    grpo: 1 / (|o_i|·N), the mean over completions of the mean over their tokens (equation 1).
+    dapo: 1 / the sum of all |o_i|, the mean over tokens (arXiv 2503.14476).
+    dr_grpo: 1 / (N·max_new_tokens), a constant (arXiv 2503.20783)."""
     n, ones = len(lengths), torch.ones_like(lengths, dtype=torch.float32)
-    return {
-        "grpo": ones / (lengths * n),
-        "dapo": ones / lengths.sum(),
-        "dr_grpo": ones / (n * max_new_tokens),
-    }[loss]
+    if loss == "grpo":
+        return ones / (lengths * n)
+    if loss == "dapo":
+        return ones / lengths.sum()
+    return ones / (n * max_new_tokens)
 
 
 def grpo_loss(
@@ -471,280 +308,642 @@ def grpo_loss(
     clip_high: float,
     kl_beta: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Equation 1, negated: (loss, metrics). logp, logp_old, logp_ref, mask [N, T]; advantages, weights [N].
+    """Equation 1, negated: (loss, metrics).
 
-    logp_ref is None when kl_beta is 0. The losses of a step's micro-batches add up to the step's loss, and so do the
-    metrics: `kl` is the sum of k3 over tokens, `clip_fraction` the number of tokens whose ratio the clip holds.
-    """
-    mask = mask.bool()
+    logp, logp_old, logp_ref, mask are [N, T]; advantages, weights are [N]; logp_ref is None when
+    kl_beta is 0. The losses of micro-batches add up to the loss of the step, and so do the metrics:
+    the number of tokens that are clipped, and the sum of k3 over tokens."""
+    padding = mask == 0
     advantages, weights = advantages[:, None], weights[:, None] * mask  # [N, 1], [N, T]
-    # Padding is set to ratio 1 before exp: an overflow there times a weight of 0 would still be NaN.
-    ratio = torch.exp((logp - logp_old).masked_fill(~mask, 0.0))  # [N, T]: pi / pi_old
+
+    # Padding gets a ratio of 1: exp could overflow there, and inf times a weight of 0 is NaN.
+    ratio = torch.exp((logp - logp_old).masked_fill(padding, 0.0))  # pi_theta / pi_old
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
-    metrics = {"clip_fraction": ((clipped * advantages < ratio * advantages) & mask).sum()}
+    metrics = {"clip_fraction": ((clipped * advantages < ratio * advantages) * mask).sum()}
+
     if kl_beta > 0:
-        log_ratio_ref = (logp_ref - logp).masked_fill(~mask, 0.0)  # log(pi_ref / pi)
-        k3 = torch.exp(log_ratio_ref) - log_ratio_ref - 1  # equation 2: unbiased, and never negative
+        log_ratio_ref = (logp_ref - logp).masked_fill(padding, 0.0)  # log(pi_ref / pi_theta)
+        k3 = torch.exp(log_ratio_ref) - log_ratio_ref - 1  # equation 2: unbiased, never negative
         objective = objective - kl_beta * k3
         metrics["kl"] = k3.detach().sum()
+
     return -(weights * objective).sum(), metrics
 
 
-# ---- Update and evaluation ------------------------------------------------------------------------------------------
-def microbatches(rollout: Rollout, wanted: Tensor, tokens: int) -> list[Tensor]:
-    """Numbers of the `wanted` rows, or of one if none is, in micro-batches of at most `tokens` tokens or of one row;
-    rows of like length are together."""
-    batches, width = [], 0
-    rows = rollout.lengths.argsort(descending=True, stable=True)
-    # One at least: the optimizer and the other processes expect a gradient, if of zeros.
-    for row in rows[wanted[rows]].tolist() or rows[-1:].tolist():
-        if not batches or (len(batches[-1]) + 1) * width > tokens:
-            batches.append([])
-            width = rollout.prompt_ids.shape[1] + int(rollout.lengths[row])  # its longest row comes first
-        batches[-1].append(row)
-    return [torch.tensor(batch, device=rollout.lengths.device) for batch in batches]
-
-
 def update(
-    policy, reference, optimizer, step: int, rollout: Rollout, advantages: Tensor, cfg: Config, accelerator, progress
-) -> dict[str, float]:
-    """mu optimizer steps on one rollout, none at step cfg.steps. Returns means over the tokens that went through it.
+    policy, reference, optimizer, rollout: Rollout, advantages: Tensor, cfg, accelerator
+) -> dict[str, float | None]:
+    """mu optimizer steps on one rollout. Returns metrics: means over tokens, and the gradient norm.
 
-    In the first, logp_old is logp and the ratio 1, whatever is learned: of the loss the gradient is what matters.
-    """
-    lengths = accelerator.gather(rollout.lengths)  # the normalisers are global: rows of all processes
-    weights = token_weights(lengths, cfg.loss, cfg.max_new_tokens)  # [N of all processes]
-    weights = weights[accelerator.process_index * len(rollout.lengths) :]  # this process's come first now
-    # Without the KL term a group whose rewards are all equal has no gradient, so that its passes can be saved.
-    batches = microbatches(rollout, advantages.abs() + cfg.kl_beta > 0, cfg.tokens_per_microbatch)
-    # FSDP's processes meet in each pass, so that all make as many: the further ones go over a row again, for nothing.
-    own, most = len(batches), max(gather_object([len(batches)]))
-    batches += [batches[-1][-1:]] * (most - own)
-    logp_old, logp_ref = [], []  # of each micro-batch
-    names = ("tokens", "kl", "entropy", "logp_gap", "clip_fraction")
-    sums = {name: torch.zeros((), device=lengths.device) for name in names}
-    skipped, grad_norm, lr = 0, 0.0, cfg.lr * (1 - (1 - cfg.lr_final) * step / max(1, cfg.steps))
-    updates = cfg.updates_per_rollout if step < cfg.steps else 0  # the last step only measures
-    for epoch, (i, rows) in itertools.product(range(max(1, updates)), enumerate(batches)):
-        last = i + 1 == most
-        # DDP adds up gradients over processes at the last backward only; FSDP at each, as no process holds them whole.
-        sync = nullcontext() if last or isinstance(policy, FSDPModule) else accelerator.no_sync(policy)
-        with sync, torch.set_grad_enabled(updates > 0):
-            if epoch == 0:  # first, as the graph of the policy's pass takes up memory
-                logp_ref.append(token_logprobs(reference, rollout, rows, cfg)[0].detach() if cfg.kl_beta > 0 else None)
+    At the first step pi_theta is still pi_old: every ratio is 1, but its gradient is not 0."""
+    lengths = accelerator.gather(rollout.lengths)  # of all processes
+    weights = token_weights(lengths, cfg.loss, cfg.max_new_tokens)
+    weights = weights.split(len(rollout.lengths))[accelerator.process_index]  # [N]
+    weights = weights * accelerator.num_processes  # DDP will divide the gradients by it
+
+    batches = microbatches(rollout, cfg.tokens_per_microbatch)
+    logp_old, logp_ref = [], [None] * len(batches)  # a tensor for each micro-batch
+    if cfg.kl_beta > 0:
+        with torch.no_grad():
+            logp_ref = [token_logprobs(reference, rollout, rows, cfg)[0] for rows in batches]
+
+    sums = []  # of metrics, one dict for each micro-batch
+    for epoch in range(cfg.updates_per_rollout):
+        for i, rows in enumerate(batches):
+            policy.require_backward_grad_sync = i == len(batches) - 1  # DDP: synchronize once
             logp, entropy, mask = token_logprobs(policy, rollout, rows, cfg)
-            mask = mask if i < own else torch.zeros_like(mask)
             if epoch == 0:
-                logp_old.append(logp.detach())  # the policy has not moved yet: it is pi_old
-            limits = (cfg.clip_low, cfg.clip_high, cfg.kl_beta)
-            loss, metrics = grpo_loss(logp, logp_old[i], logp_ref[i], advantages[rows], mask, weights[rows], *limits)
-            if updates:
-                accelerator.backward(loss * accelerator.num_processes)  # both divide by the number of processes
-        sums["clip_fraction"] += metrics["clip_fraction"] / max(1, updates)
-        if epoch == 0:  # of the policy that sampled: later updates have moved it
-            sums["tokens"] += mask.sum()
-            sums["kl"] += metrics.get("kl", torch.nan)  # not 0, where it is not measured
-            sums["entropy"] += (entropy * mask).sum()
-            sums["logp_gap"] += ((logp_old[i] - rollout.logp_sampled[rows, : logp.shape[1]]).abs() * mask).sum()
-        if updates and last:
-            grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
-            optimizer.param_groups[0]["lr"] = lr
-            if isfinite(grad_norm):  # else the update would make all weights NaN
-                optimizer.step()
-            skipped += not isfinite(grad_norm)
-            optimizer.zero_grad()
-        progress(f"update {i + 1} of {most}", None)
-    tokens, *totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-    metrics = {name: total / tokens for name, total in zip(names[1:], totals, strict=True)}
-    metrics |= {"grad_norm": grad_norm, "skipped_updates": skipped, "lr": lr if updates else 0.0}
-    return {name: value if isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+                logp_old.append(logp.detach())  # not logp_sampled: the sampler rounds differently
+
+            batch = (logp, logp_old[i], logp_ref[i], advantages[rows], mask, weights[rows])
+            loss, metrics = grpo_loss(*batch, cfg.clip_low, cfg.clip_high, cfg.kl_beta)
+            accelerator.backward(loss)
+
+            gap = (logp_old[i] - rollout.logp_sampled[rows, : logp.shape[1]]).abs()
+            metrics["logp_gap"] = (gap * mask).sum()  # that difference
+            metrics["entropy"] = (entropy * mask).sum()
+            metrics["tokens"] = mask.sum()
+            sums.append(metrics)
+
+        grad_norm = accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        if grad_norm.isfinite():  # otherwise all weights would become NaN
+            optimizer.step()
+        optimizer.zero_grad()
+
+    totals = {name: accelerator.reduce(sum(batch[name] for batch in sums)) for name in sums[0]}
+    tokens = totals.pop("tokens")
+    metrics = {"kl": None} | {name: float(total / tokens) for name, total in totals.items()}
+    metrics["grad_norm"] = float(grad_norm) if grad_norm.isfinite() else None
+    return metrics
 
 
-def evaluate(policy, tokenizer, held_out: list[dict], cfg: Config, accelerator, progress) -> tuple[dict, list]:
-    """K = `eval_samples` completions of each held-out question: the eval_* metrics, and a few samples to look at.
+# ==== Part 2. Evaluation ==========================================================================
+def evaluate(policy, tokenizer, held_out: list[dict], cfg, accelerator) -> tuple:
+    """Samples K = cfg.eval_samples completions of each held-out question: (metrics, samples).
 
-    Every evaluation has the same questions and the same uniforms, so that two of them differ by the weights alone.
-    """
-    k, i, n = cfg.eval_samples, accelerator.process_index, accelerator.num_processes
-    tasks = [task | {"index": number} for number, task in enumerate(held_out)]
-    share = tasks[len(tasks) * i // n : len(tasks) * (i + 1) // n]  # perhaps none
-    samples = []
-    if share:
-        rollout = generate(policy, tokenizer, share, k, cfg, "eval", lambda phase, ids: progress(f"eval {phase}", ids))
-        samples = score(rollout, share, cfg)
+    All evaluations use the same random numbers, so that only the weights make a difference. Returns
+    the first sample of each question."""
+    k, samples = cfg.eval_samples, []
+    questions = [question | {"index": f"eval/{i}"} for i, question in enumerate(held_out)]
+    with accelerator.split_between_processes(questions) as share:
+        if share:  # there may be more processes than questions
+            samples = score(generate(policy, tokenizer, share, k, cfg), share, cfg)
     samples = gather_object(samples)
-    metrics = evaluation([samples[i : i + k] for i in range(0, len(samples), k)])
-    return {f"eval_{name}": value for name, value in metrics.items()}, samples[: 16 * k : k]
+    return eval_metrics(samples, k), samples[::k]
 
 
-def ask(policy, tokenizer, task: dict, cfg: Config) -> None:
-    """Prints a completion of the user's own question while it is sampled, then its answer, and whether it is right."""
-    prompt = render_prompt(tokenizer, task["question"], cfg.template)
-    print("<think>" + prompt.rpartition("<think>")[2], end="", flush=True)  # the prompt has opened the thinking
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    streamer.on_finalized_text = lambda text, stream_end=False: print(printable(text), end="", flush=True)
-    asked = [task | {"index": 0}]
-    rollout = generate(policy, tokenizer, asked, 1, cfg, "ask", lambda _, ids: streamer.put(ids[0, -1:]))
-    streamer.end()
-    print("\n\nanswer:", printable(extract_answer(rollout.text[0]) or "none"))
-    if task["answer"] is not None:
-        print("right" if score(rollout, asked, cfg)[0]["accuracy"] else "wrong")
+def ask(policy, tokenizer, question: dict, cfg) -> None:
+    """Prints a completion of one question, its answer, and whether it is right if that is known."""
+    rollout = generate(policy, tokenizer, [question], 1, cfg)
+    text = rollout.text[0]
+    print(printable(f"{text}\n\nanswer: {extract_answer(text)}"))
+    if question["answer"]:
+        print("right" if score(rollout, [question], cfg)[0]["accuracy"] else "wrong")
 
 
-# ---- Files: checkpoint, log, report ---------------------------------------------------------------------------------
-def save_checkpoint(run_dir: Path, step: int, model, optimizer, writes: bool) -> None:
-    """The state after `step` steps, gathered from all processes, written by one. A step needs no random state."""
-    policy, adam = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    state = {"policy": policy, "optimizer": adam, "step": step}
-    size = 3 * sum(p.nbytes for p in model.parameters())  # the weights, and Adam's two
-    if writes:
-        write_checkpoint(run_dir, step, size, lambda file: torch.save(state, file))
+# ==== Part 3. Speed ===============================================================================
+# Each function computes what a straightforward version would, faster or in less memory.
+LOGITS_AT_ONCE = 2**21  # 8 MB: they fit into the cache of a CPU
 
 
-def read_checkpoint(run_dir: str) -> dict:
-    """What save_checkpoint wrote, or step 0 of a run that never came to it. Raises UsageError if it is damaged."""
-    path = newest_whole(Path(run_dir) / "checkpoint")
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=True) if path else {"step": 0}
-    except (RuntimeError, UnpicklingError) as error:  # it holds code, which is never run
-        raise UsageError(f"--resume {run_dir}: {path} is no checkpoint ({error}); try another run") from error
+def forward(model, ids: Tensor, mask: Tensor, cfg, cache=None, states=False, keep=0) -> Tensor:
+    """Logits [n, new, V] at ids [n, new], which follow what is in the cache.
+
+    mask [n, past + new] is False on padding; it may be wider. Only the last `keep` positions are
+    returned, or all for 0. With `states`, the last hidden states [n, new, width], not logits."""
+    past = cache.get_seq_length() if cache else 0
+    mask = mask[:, : past + ids.shape[1]]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]  # padding takes up no position
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+        out = model(
+            input_ids=ids.clamp(min=0),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=1 if states else keep,  # 1: they are not used
+            output_hidden_states=states,
+        )
+    return out.hidden_states[-1][:, -keep:] if states else out.logits.float()
 
 
-# ---- Main: Algorithm 1 of DeepSeekMath ------------------------------------------------------------------------------
-def set_up(cfg: Config, accelerator, saved: dict, trains: bool) -> tuple:
-    """(pi, pi_ref, pi_old, optimizer), that is policy, reference and sampler, as saved or as before the first step."""
-    policy = load_policy(cfg.model, cfg.gradient_checkpointing)
-    reference = copy.deepcopy(policy).requires_grad_(False) if trains and cfg.kl_beta > 0 else None
-    shared = {id(weight): weight for weight in policy.parameters()} if cfg.dtype == "float32" else {}
-    sampler = copy.deepcopy(policy, shared)  # deepcopy's memo: a weight that is named in it is shared, not copied
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    policy, _ = accelerator.prepare(policy, optimizer)  # its wrapper of the optimizer would do nothing here
-    model = accelerator.unwrap_model(policy)
-    if "policy" in saved:
-        state = {"model_state_dict": saved["policy"], "optim_state_dict": saved["optimizer"]}
+def read_prompts(policy, prompt_ids: Tensor, new: int, cfg, states=False) -> tuple:
+    """Runs prompts [n, P]. Returns the logits [n, 1, V] at their last tokens, or with `states` the
+    states [n, 1, width], the cache, and a mask [n, P + new] with room for completions.
+
+    Equal prompts run once, and the cache is copied to their rows: a G-th of the work."""
+    # prompt_ids is ids[row_of]. On the CPU, because MPS has no unique(dim=0).
+    ids, row_of = prompt_ids.cpu().unique(dim=0, return_inverse=True)  # [q, P], [n]
+    ids, row_of = ids.to(prompt_ids.device), row_of.to(prompt_ids.device)
+    cache = DynamicCache()
+    if not torch.is_grad_enabled():  # autograd cannot go through changes in place
+        cache.layer_class_to_replicate = RoomyLayer  # of which the cache makes one for each layer
+    out = forward(policy, ids, ids >= 0, cfg, cache, states, keep=1)
+    cache.reorder_cache(row_of)  # from q rows to n
+    # index_select, because the gradient of out[row_of] depends on the order of threads.
+    return out.index_select(0, row_of), cache, pad(prompt_ids >= 0, (0, new), value=True)
+
+
+class RoomyLayer(DynamicLayer):
+    """KV cache of a layer that has room to grow. DynamicLayer copies all of it for each token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = append(self.keys, key_states), append(self.values, value_states)
+        return self.keys, self.values
+
+
+def append(kept: Tensor, new: Tensor) -> Tensor:
+    """torch.cat([kept, new], dim=2) of [n, heads, length, width], in place if there is room."""
+    rows, heads, added, width = new.shape
+    end = added + (kept.shape[2] if kept.dim() == 4 else 0)  # an empty cache has one dimension
+    # kept is a view of a larger tensor; stride(1) is what each head has of that.
+    if kept.dim() < 4 or kept.stride(1) < end * width:
+        room = new.new_empty(rows, heads, max(64, end // 2), width)
+        return torch.cat([kept, new, room], dim=2)[:, :, :end]
+    kept = kept.as_strided((rows, heads, end, width), kept.stride())
+    kept[:, :, -added:] = new
+    return kept
+
+
+def drop_finished(rows: Tensor, ids: Tensor, eos: Tensor, cache: DynamicCache) -> Tensor:
+    """The rows that stay in the batch. Finished ones leave once they are a fifth of it."""
+    alive = (~torch.isin(ids[rows], eos).any(1)).nonzero()[:, 0]
+    if len(alive) > 0.8 * len(rows):
+        return rows
+    cache.reorder_cache(alive)  # a copy, too slow to make for each row
+    return rows[alive]
+
+
+def predict(policy, prompt_ids: Tensor, ids: Tensor, cfg) -> tuple[Tensor, Tensor]:
+    """logp and entropy of completions ids [n, T] of prompts [n, P], [n, T] each."""
+    model = getattr(policy, "module", policy)  # DDP wraps it
+    prompt_ids = prompt_ids[:, (prompt_ids >= 0).any(0)]  # without padding that they share
+    new, states = ids.shape[1] - 1, model.plain_head  # see check_policy; nothing follows token T
+
+    # No cache with gradient checkpointing, where layers run twice and would fill it twice, nor with
+    # FSDP2, where each of the two calls would gather all weights.
+    if cfg.gradient_checkpointing or isinstance(model, FSDPModule):
+        whole = torch.cat([prompt_ids, ids[:, :-1]], dim=1)
+        mask = pad(prompt_ids >= 0, (0, new), value=True)
+        out = forward(policy, whole, mask, cfg, None, states, keep=new + 1)
+    else:
+        out, cache, mask = read_prompts(policy, prompt_ids, new, cfg, states)
+        if new > 0:
+            rest = forward(policy, ids[:, :-1], mask, cfg, cache, states)
+            out = torch.cat([out, rest], dim=1)  # the prompt predicts token 0, which predicts 1
+
+    ids = ids.clamp(min=0)
+    if states:
+        head = model.get_output_embeddings().weight
+        flat = out.flatten(0, 1).to(getattr(torch, cfg.dtype))
+        logp, entropy = HeadLogprobs.apply(flat, head, ids.flatten(), cfg)
+        return logp.view_as(ids), entropy.view_as(ids)
+    all_logp = torch.log_softmax(out / cfg.temperature, dim=-1)  # [n, T, V]
+    with torch.no_grad():
+        entropy = -(all_logp.exp() * all_logp).sum(-1)
+    return all_logp.gather(-1, ids[..., None])[..., 0], entropy
+
+
+def pieces(states: Tensor, head: Tensor, ids: Tensor, cfg):
+    """Yields for each piece of the vocabulary: its slice of V, its logits [n, size], the columns of
+    `ids` in it, and whether they are in it, [n, 1] each."""
+    size = 1 + LOGITS_AT_ONCE // len(ids)
+    for start in range(0, len(head), size):
+        piece = head[start : start + size].to(states.dtype)
+        logits = (states @ piece.T).float() / cfg.temperature
+        column = (ids - start)[:, None]
+        clamped = column.clamp(0, len(piece) - 1)
+        yield slice(start, start + size), logits, clamped, column == clamped
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """states [n, width], head [V, width], ids [n] -> (logp, entropy), [n] each.
+
+    Logits [n, V] would take most of an update's memory, so they are computed for a piece of the
+    vocabulary at a time, and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, head: Tensor, ids: Tensor, cfg):
+        chosen = torch.zeros_like(ids, dtype=torch.float32)  # the logit of each id
+        log_sum = chosen - torch.inf  # log of the sum of exp(logits), over the pieces so far
+        mean = chosen  # of the logits so far, weighted by their softmax
+        for _, logits, column, inside in pieces(states, head, ids, cfg):
+            chosen = chosen + (logits.gather(1, column) * inside)[:, 0]
+            total = torch.logaddexp(log_sum, logits.logsumexp(1))
+            softmax = (logits - total[:, None]).exp_()
+            # (log_sum - total).exp() is the share of all earlier pieces in the new sum.
+            mean = mean * (log_sum - total).exp() + torch.linalg.vecdot(softmax, logits)
+            log_sum = total
+        entropy = log_sum - mean  # -sum of p·log p, where log p = logit - log_sum
+        ctx.save_for_backward(states, head, ids, log_sum)
+        ctx.cfg = cfg
+        ctx.mark_non_differentiable(entropy)
+        return chosen - log_sum, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp: Tensor, _):
+        states, head, ids, log_sum = ctx.saved_tensors
+        scale = grad_logp[:, None] / ctx.cfg.temperature
+        grad_states = torch.zeros_like(states, dtype=torch.float32)  # a sum of many terms
+        grad_head = torch.empty_like(head)
+        for piece, logits, column, inside in pieces(states, head, ids, ctx.cfg):
+            softmax = logits.sub_(log_sum[:, None]).exp_()  # in place, to save memory
+            # d logp / d logits = one-hot - softmax
+            grad = softmax.mul_(-scale).scatter_add_(1, column, scale * inside).to(states.dtype)
+            grad_states += grad @ head[piece].to(states.dtype)
+            grad_head[piece] = grad.T @ states
+        return grad_states, grad_head, None, None
+
+
+def microbatches(rollout: Rollout, tokens: int) -> list[Tensor]:
+    """The rows in micro-batches of at most `tokens` tokens, or of one row, with rows of similar
+    length together. Each process makes the same number: one would wait for another otherwise."""
+    rows, batches = rollout.lengths.argsort(descending=True, stable=True), []
+    while len(rows):
+        width = rollout.prompt_ids.shape[1] + int(rollout.lengths[rows[0]])  # that of the longest
+        size = max(1, tokens // width)
+        batches.append(rows[:size])
+        rows = rows[size:]
+    most = max(gather_object([len(batches)]))
+    while len(batches) < most:  # split the largest
+        *batches, largest = sorted(batches, key=len)
+        batches += [largest[::2], largest[1::2]]
+    return batches
+
+
+def refresh(other, policy, dtype: str) -> None:
+    """Copies the policy's weights to another model, in `dtype`, but for those that they share."""
+    for weight, trained in zip(other.parameters(), policy.parameters()):
+        if weight is not trained:
+            cast = trained.detach().to(getattr(torch, dtype), copy=True)
+            # FSDP2 shards weights: all processes gather them here.
+            weight.data = cast.full_tensor() if hasattr(cast, "full_tensor") else cast
+
+
+# ==== Part 4. The run =============================================================================
+FILE_ERRORS = (OSError, SafetensorError, UnpicklingError)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes
+LARGE = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50 "
+LARGE += "--group_size 8 --rollout_rows 64 "  # of an option given twice, the last one counts
+RECIPES = {
+    "tiny": "",
+    "tinyzero": LARGE + "--model Qwen/Qwen2.5-3B --dataset Jiayi-Pan/Countdown-Tasks-3to4 "
+    "--template base --steps 1000 --questions_per_step 64 --max_new_tokens 1024 "
+    "--eval_questions 1024",
+    "gsm8k": LARGE + "--model Qwen/Qwen2.5-1.5B-Instruct --task gsm8k --steps 500 "
+    "--questions_per_step 8 --max_new_tokens 512 --eval_questions 256",
+    "mac": LARGE + "--model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --steps 300 --dtype float32 "
+    "--questions_per_step 4 --max_new_tokens 300 --rollout_rows 32 --tokens_per_microbatch 512 "
+    "--eval_questions 128",
+    "deepscaler": LARGE + "--model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --task math "
+    "--steps 1040 --temperature 0.6 --questions_per_step 128 --max_new_tokens 8192 "
+    "--rollout_rows 16 --tokens_per_microbatch 8192 --eval_dataset HuggingFaceH4/aime_2024 "
+    "--eval_samples 16",
+}
+
+
+def parse_config(words: list[str]) -> Config:
+    """The words of a command line -> Config. They override the recipe, or the run to resume.
+    Raises UsageError for an option that cannot work."""
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for option in fields(Config):
+        option.metadata = {"help": comments[option.name]}
+        if "Literal" not in str(option.type):
+            option.metadata["metavar"] = "X"  # short enough for a line
+    parser = HfArgumentParser(Config, prog="R1ZeroTrain.py", allow_abbrev=False)
+    parser.error = lambda message: refuse(f"{message}; try --help")
+
+    given = parser.parse_args(words)  # of which --recipe and --resume stand for other options
+    defaults = RECIPES[given.recipe].split()
+    if given.resume:
         try:
-            set_state_dict(model, optimizer, **state, options=StateDictOptions(full_state_dict=True))
-        except (KeyError, RuntimeError) as error:
-            raise UsageError(f"--resume {cfg.resume}: is not a run of {cfg.model} ({error}); try another") from error
-    refresh(sampler.to(accelerator.device), model, cfg.dtype)
-    if reference is not None:  # shared out as the policy is, or whole
-        reference = fsdp2_prepare_model(accelerator, reference) if accelerator.is_fsdp2 else reference.to(model.device)
+            saved = json.loads(Path(given.resume, "config.json").read_text())
+            saved = vars(Config(**saved)) | {"run_dir": ""}  # the folder may have been moved
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            refuse(f"--resume {given.resume}: no run to continue, {error}; try a folder in runs/")
+        defaults = [f"--{name}={value}" for name, value in saved.items()]
+    cfg = Config(**vars(parser.parse_args([*defaults, *words])))
+
+    for name, hint in get_type_hints(Config, include_extras=True).items():
+        value = getattr(cfg, name)
+        for least in getattr(hint, "__metadata__", []):  # the second argument of Annotated
+            if not least <= value <= 1e18:
+                refuse(f"--{name} {value}: not in {least} to 1e18; try {getattr(Config, name)}")
+    if given.resume:
+        fixed = "recipe model" if cfg.eval_only or cfg.ask else "recipe model task seed run_dir"
+        for name in fixed.split():
+            if getattr(cfg, name) != saved[name]:
+                refuse(f"--{name} {getattr(cfg, name)}: a run keeps its own; try without --{name}")
+
+    cfg.run_dir = cfg.run_dir or f"runs/{cfg.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if given.resume and not cfg.eval_only:
+        cfg.run_dir = cfg.resume
+    elif Path(cfg.run_dir, "config.json").exists():
+        refuse(f"--run_dir {cfg.run_dir}: is in use; try --resume {cfg.run_dir} or another one")
+    return cfg
+
+
+def refuse(message: str) -> None:
+    raise UsageError(message)
+
+
+def make_accelerator(cfg: Config) -> Accelerator:
+    """One process or several, by DDP or FSDP2, on CUDA, MPS or the CPU."""
+    fsdp = None
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate launch --use_fsdp
+        fsdp = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
+        )
+        fsdp.mixed_precision_policy = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32)
+    tracker = "wandb" if cfg.wandb else None
+    # DDP would exchange buffers in each call and hang, as processes differ in how often they call.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    on_cpu = cfg.device == "cpu"
+    accelerator = Accelerator(  # `forward` has its own mixed precision
+        cpu=on_cpu, mixed_precision="no", log_with=tracker, fsdp_plugin=fsdp, kwargs_handlers=[ddp]
+    )
+
+    device, n = accelerator.device.type, accelerator.num_processes
+    if cfg.device not in ("auto", device):
+        refuse(f"--device {cfg.device}: this machine has {device}; try {device}")
+    if cfg.questions_per_step % n:
+        refuse(f"--questions_per_step {cfg.questions_per_step}: {n} processes; try {4 * n}")
+    return accelerator
+
+
+def set_up(cfg: Config, accelerator, saved: dict) -> tuple:
+    """(policy, reference, sampler, optimizer): at the start, or as `saved` by a checkpoint."""
+    policy = load_policy(cfg.model, cfg.gradient_checkpointing)
+    reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_beta > 0 else None
+    shared = cfg.dtype == "float32" and not accelerator.is_fsdp2
+    sampler = policy if shared else copy.deepcopy(policy)
+    if reference is not None:
+        refresh(reference, policy, cfg.dtype)
+        if accelerator.is_fsdp2:
+            fsdp2_prepare_model(accelerator, reference)
+        reference.to(accelerator.device)
+
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, betas=[0.9, 0.95], weight_decay=0.0)
+    policy, _ = accelerator.prepare(policy, optimizer)  # its wrapped optimizer would add nothing
+    if saved:
+        set_state_dict(policy, optimizer, **saved, options=WHOLE)
+    refresh(sampler.to(accelerator.device), policy, cfg.dtype)
     return policy, reference, sampler, optimizer
 
 
-def train_step(step: int, policy, reference, sampler, optimizer, tokenizer, tasks, cfg, accelerator, progress) -> tuple:
-    """(line of metrics.jsonl, samples of this process) of one rollout and the update on it."""
-    began = time.perf_counter()
-    rollout = generate(sampler, tokenizer, tasks, cfg.group_size, cfg, "train", progress)
-    speed = int(rollout.lengths.sum()) / (time.perf_counter() - began)
-    samples = score(rollout, tasks, cfg)
-    rewards = torch.tensor([sample["reward"] for sample in samples], device=accelerator.device)
-    advantages = group_advantages(rewards.view(-1, cfg.group_size), cfg.advantage_scale)  # [N]
-    metrics = update(policy, reference, optimizer, step, rollout, advantages, cfg, accelerator, progress)
-    samples = [sample | {"advantage": a} for sample, a in zip(samples, advantages.tolist(), strict=True)]
-    means = step_means(gather_object(samples), cfg.group_size)
-    speeds = {"completion_tokens_per_second": speed, "seconds": time.perf_counter() - began}
-    return {"step": step} | means | metrics | speeds, samples
+@contextmanager
+def model_files(model: str):
+    """Arguments of from_pretrained for a folder or a hub name. Errors become a UsageError."""
+    folder = next((f for f in (Path(model), Path(__file__).parent / model) if f.is_dir()), None)
+    try:
+        yield {"pretrained_model_name_or_path": folder or model, "trust_remote_code": False}
+    except Exception as error:  # each library raises its own kinds for damaged files
+        refuse(f"--model {model}: cannot be loaded ({str(error)[:300]}); try notebooks/tiny-base")
 
 
-def with_less_memory(optimizer, work: Callable, *args, cfg: Config, **more) -> tuple:
-    """work(...); if the GPU's memory is too small, the same once more with half the rows and tokens at a time."""
-    halves = {name: max(1, getattr(cfg, name) // 2) for name in ("rollout_rows", "tokens_per_microbatch")}
-    stepped = []
-    hook = optimizer.register_step_pre_hook(lambda *_: stepped.append(True))
-    for attempt in (cfg, replace(cfg, **halves)):
-        try:
-            return work(*args, cfg=attempt, **more)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises it as it is
-            if "out of memory" not in str(error):
-                raise
-        finally:
-            hook.remove()
-        if stepped or more["accelerator"].num_processes > 1:  # weights have moved, or others wait in an exchange
-            break
-        optimizer.zero_grad()
-        clear_device_cache()
-    raise UsageError(f"out of memory: try {' '.join(typed(halves))}, --gradient_checkpointing or --dtype bfloat16")
+def load_tokenizer(model: str):
+    """The tokenizer. Its model_max_length is the context length of the model."""
+    with model_files(model) as files:
+        tokenizer = AutoTokenizer.from_pretrained(**files)
+        config = AutoConfig.from_pretrained(**files).get_text_config()
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", 2**20)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond this it would have to rotate the cache anew
+        tokenizer.model_max_length = rope["original_max_position_embeddings"]
+    return tokenizer
+
+
+def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedModel:
+    """The model, without dropout and checked by check_policy. It is in float32 because bfloat16
+    would round away an update at lr 1e-6."""
+    disable_progress_bar()
+    # On MPS the fused attention is wrong with padding (pytorch issue 184180).
+    attention = "eager" if torch.backends.mps.is_available() else None
+    with model_files(model) as files:
+        policy, loaded = AutoModelForCausalLM.from_pretrained(
+            **files,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,  # pickles can run code
+            output_loading_info=True,
+        )
+        if loaded["missing_keys"]:  # transformers makes up random weights
+            raise ValueError(f"weights are missing: {sorted(loaded['missing_keys'])[:3]}")
+        check_policy(policy.eval())
+    for module in policy.modules():
+        if gradient_checkpointing and isinstance(module, GradientCheckpointingLayer):
+            # gradient_checkpointing_enable() needs a model in training mode, with dropout.
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    return policy
+
+
+@torch.no_grad()
+def check_policy(policy) -> None:
+    """Raises ValueError unless `predict`, with padding and a copied cache, equals a plain forward
+    pass. It does not if attention is not causal, or if the state is not a KV cache. Sets
+    policy.plain_head: whether the logits are states @ head.weight.T and nothing else."""
+    prompt_ids = torch.arange(4).repeat(3, 1)
+    prompt_ids[1:, :2] = -1  # a prompt of four tokens, and twice one of two
+    ids = torch.arange(9).view(3, 3)
+
+    # The plain way, for the last two rows: no padding, no cache, all logits.
+    whole = torch.cat([prompt_ids[1:, 2:], ids[1:]], dim=1)
+    logits = policy(whole, use_cache=False).logits[:, 1:-1]  # those that predict ids
+    expected = logits.log_softmax(-1).gather(2, ids[1:, :, None])[..., 0]
+
+    no_bias = getattr(policy.get_output_embeddings(), "bias", None) is None
+    for policy.plain_head in (no_bias, False):  # try the faster way first
+        with suppress(IndexError, RuntimeError, AttributeError):  # from a cache of another kind
+            logp, _ = predict(policy, prompt_ids, ids, Config())
+            if torch.allclose(logp[1:], expected, rtol=0, atol=0.01):
+                return
+    kind = policy.config.model_type
+    raise ValueError(f"a {kind} model gives other probabilities with padding and a cache")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(run_dir: Path, step: int, policy, optimizer) -> None:
+    """Writes checkpoint/<step>-<sha256>.pt, the state after `step` steps, and then deletes the one
+    before: one of them is complete at any instant."""
+    weights, adam = get_state_dict(policy, optimizer, options=WHOLE)
+    if not IS_MAIN:
+        return
+    new = run_dir / "checkpoint/new"
+    with new.open("wb") as file:
+        torch.save({"model_state_dict": weights, "optim_state_dict": adam}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    saved = new.rename(new.with_name(f"{step:08}-{sha256(new)}.pt"))
+    for old in set(new.parent.glob("*.pt")) - {saved}:
+        old.unlink()
+
+
+def read_checkpoint(run_dir: str) -> tuple[int, dict]:
+    """(step, state) as save_checkpoint wrote them last, or (0, {}). Refuses a damaged file."""
+    path = max(Path(run_dir, "checkpoint").glob("*.pt"), default=None)
+    if run_dir == "" or path is None:
+        return 0, {}
+    step, _, digest = path.stem.partition("-")
+    if sha256(path) != digest:
+        refuse(f"--resume {run_dir}: {path} is damaged; try another run")
+    return int(step), torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+
+
+def open_run_dir(cfg: Config, start: int) -> None:
+    """Writes the options, and removes the lines of steps from `start` on from the logs."""
+    run_dir = Path(cfg.run_dir)
+    (run_dir / "checkpoint").mkdir(parents=True, exist_ok=True)
+    new = run_dir / "config.json.new"  # renamed, so that config.json is complete at any instant
+    new.write_text(json.dumps(vars(cfg), indent=1))
+    new.rename(run_dir / "config.json")
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        with (run_dir / name).open("a+") as file:
+            file.seek(0)
+            try:  # a line without an end was cut off by a kill
+                kept = [x for x in file if x.endswith("\n") and json.loads(x)["step"] < start]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                refuse(f"--resume {run_dir}: {name} is damaged, {error}; try without its bad lines")
+            file.truncate(sum(map(len, kept)))  # a character is a byte: json.dumps writes ASCII
+
+
+def write_log(path: Path, lines: list[dict]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def read_log(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def print_table(*lines: dict) -> None:
+    """The eval_* metrics of each line of the log, with their 95% intervals, side by side."""
+    for name in lines[-1]:
+        if name.endswith("_interval"):
+            mean = name.removesuffix("_interval")
+            cells = [f"{x[mean]:.3f} ({x[name][0]:.3f} to {x[name][1]:.3f})" for x in lines]
+            print(f"{mean:16}", *(f"{cell:>28}" for cell in cells))
+
+
+def printable(text: str) -> str:
+    """Text of a model with control characters escaped, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def report(run_dir: Path, cfg) -> None:
+    """Prints the evaluations before and after, a question that was learned, and what to do next."""
+    lines = read_log(run_dir / "metrics.jsonl")
+    print(f"{'held-out':16}{'before':>29}{'after':>29}")
+    print_table(lines[0], lines[-1])
+    samples = [s for s in read_log(run_dir / "completions.jsonl") if "advantage" not in s]
+    before, after = ([s for s in samples if s["step"] == x["step"]] for x in (lines[0], lines[-1]))
+    old, new = max(zip(before, after), key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
+    print(printable(f"\n{old['question']}\n\nbefore: {old['text']}\n\nafter: {new['text']}\n"))
+    command = f"uv run R1ZeroTrain.py --resume {run_dir}"
+    print(f"To ask it:   {command} --ask '{'8 7 4 = 36' if cfg.task == 'countdown' else 'Why?'}'")
+    print(f"To continue: {command} --steps {2 * cfg.steps}")
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) and at the last one is due."""
+    return step == last or (every > 0 and step % every == 0)
 
 
 def main(cfg: Config) -> None:
+    """A run: a train_step for each step, with evaluations, checkpoints and a log."""
     accelerator = make_accelerator(cfg)
-    is_main, share = accelerator.is_main_process, cfg.questions_per_step // accelerator.num_processes
-    saved = read_checkpoint(cfg.resume) if cfg.resume else {"step": 0}
-    if (start := saved["step"]) > cfg.steps:
-        raise UsageError(f"--steps {cfg.steps}: {cfg.resume} has done {start} already; try {2 * start}")
-    if cfg.resume and start == 0 and (cfg.eval_only or cfg.ask is not None):
-        raise UsageError(f"--resume {cfg.resume}: has no checkpoint yet; try --model {cfg.model} instead")
+    start, saved = read_checkpoint(cfg.resume)
     tokenizer = load_tokenizer(cfg.model)
-    question_at, held_out = load_questions(tokenizer=tokenizer, **vars(cfg))
-    if cfg.ask is None:
-        run_dir = open_run_dir(cfg) if is_main else Path(cfg.run_dir)  # only the main process writes
-        about = f"{cfg.task} with {cfg.model} on {accelerator.device}; files go to {run_dir}/"
-        accelerator.print(about + (f" from step {start} on" if cfg.resume else ""), flush=True)
-    policy, reference, sampler, optimizer = set_up(cfg, accelerator, saved, question_at is not None)
-    model = accelerator.unwrap_model(policy)
-    if cfg.ask is not None:
-        return ask(sampler, tokenizer, held_out[0], cfg)
-    offline = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}  # no upload unless the user says so
-    accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": offline})  # nothing, without --wandb
-    cut = start if cfg.resume and not cfg.eval_only else None
-    metrics, completions = (Log(run_dir / f"{name}.jsonl", is_main, cut) for name in ("metrics", "completions"))
-    bar, show = progress_bar(cfg.steps, start, is_main)
-    shared = {"cfg": cfg, "accelerator": accelerator, "progress": show}
+    # question_at(i) is question i of the run. held_out are those to evaluate, or the one to --ask.
+    question_at, held_out = load_questions(tokenizer=tokenizer, say=accelerator.print, **vars(cfg))
+    models = set_up(cfg, accelerator, saved)
+    policy, _, sampler, optimizer = models
+    if cfg.ask:
+        return ask(sampler, tokenizer, held_out[0] | {"index": "ask"}, cfg)
+
+    run_dir = Path(cfg.run_dir)
+    if IS_MAIN:
+        open_run_dir(cfg, start)
+    accelerator.print(f"{cfg.task} with {cfg.model} on {accelerator.device}, into {run_dir}/")
     if cfg.eval_only:
-        evaluated, _ = evaluate(sampler, tokenizer, held_out, **shared)
-        bar.close()
-        accelerator.end_training()
-        metrics.append([{"step": start} | evaluated])
-        return accelerator.print(f"\n{table({'now': evaluated})}")
-    lines = []
-    with ends_when_asked() as asked:
-        for step in range(start, cfg.steps + 1):  # a line of the log describes the policy after `step` steps
-            ends = any(gather_object([bool(asked)]))
-            if step > start and (ends or step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0)):
-                save_checkpoint(run_dir, step, model, optimizer, is_main and not metrics.waiting + completions.waiting)
-            if ends:
-                break
-            evaluated, shown = {}, []
-            if step in (0, cfg.steps) or (cfg.eval_every and step % cfg.eval_every == 0):
-                evaluated, shown = with_less_memory(optimizer, evaluate, sampler, tokenizer, held_out, **shared)
-            if evaluated and step > 0:
-                refresh(sampler, model, "float32")  # what is saved, though not what is computed with
-                save_model(run_dir / "best", sampler, tokenizer, is_main, score=evaluated["eval_pass@1"])
-                refresh(sampler, model, cfg.dtype)
-            first = step * cfg.questions_per_step + share * accelerator.process_index
-            tasks = [question_at(i) | {"index": i} for i in range(first, first + share)]
-            trained = (step, policy, reference, sampler, optimizer, tokenizer, tasks)
-            line, samples = with_less_memory(optimizer, train_step, *trained, **shared)
-            refresh(sampler, model, cfg.dtype)
-            if accelerator.device.type == "mps":
-                torch.mps.empty_cache()  # its allocator keeps a buffer for each shape that it has met
-            lines.append(line | evaluated)
-            metrics.append(lines[-1:])
-            completions.append([{"step": step} | sample for sample in shown + samples[:4]])
-            if (note := trouble(lines, run_dir, cfg.lr, cfg.updates_per_rollout)) and is_main:
-                bar.write(note)
-            accelerator.log(lines[-1], step)
-            show(line=line)
-    bar.close()
-    refresh(sampler, model, "float32")  # while the other processes, whose shares it may need, are there
+        metrics, _ = evaluate(sampler, tokenizer, held_out, cfg, accelerator)
+        if IS_MAIN:
+            write_log(run_dir / "metrics.jsonl", [{"step": start} | metrics])
+            print_table(metrics)
+        return
+    wandb = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}
+    accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": wandb})
+
+    # Line s of the log describes the policy after s updates, so there is one more line than steps.
+    for step in (bar := tqdm(range(start, cfg.steps + 1), "step", disable=not IS_MAIN)):
+        if step > start and is_due(step, cfg.save_every, cfg.steps):
+            save_checkpoint(run_dir, step, policy, optimizer)
+
+        line, shown = {"step": step}, []
+        if step == 0 or is_due(step, cfg.eval_every, cfg.steps):
+            metrics, shown = evaluate(sampler, tokenizer, held_out, cfg, accelerator)
+            line |= metrics
+
+        indices = range(step * cfg.questions_per_step, (step + 1) * cfg.questions_per_step)
+        questions = [question_at(i) | {"index": f"train/{i}"} for i in indices]
+        # The last rollout only measures the trained policy, with lr 0.
+        lr = cfg.lr * (1 - (1 - cfg.lr_final) * step / cfg.steps) if step < cfg.steps else 0.0
+        optimizer.param_groups[0]["lr"] = lr
+        with accelerator.split_between_processes(questions) as share:
+            metrics, samples = train_step(*models, tokenizer, share, cfg, accelerator)
+        clear_device_cache()  # MPS keeps a buffer for each shape that it has met
+
+        line |= metrics | {"lr": lr}
+        if IS_MAIN:
+            some = [{"step": step} | sample for sample in shown[:16] + samples[:4]]
+            write_log(run_dir / "metrics.jsonl", [line])
+            write_log(run_dir / "completions.jsonl", some)
+        accelerator.log(line, step)
+        bar.set_postfix(reward=f"{line['reward']:.2f}", length=f"{line['length']:.0f}")
+
+    refresh(sampler, policy, "float32")  # which gathers the weights that FSDP2 shards
+    if IS_MAIN:
+        sampler.generation_config.do_sample = True  # or transformers refuses to save a temperature
+        sampler.save_pretrained(run_dir / "model")
+        tokenizer.save_pretrained(run_dir / "model")
+        report(run_dir, cfg)
     accelerator.end_training()
-    if ends:
-        return accelerator.print(f"\nTo go on: uv run R1ZeroTrain.py --resume {run_dir}")
-    if is_main:
-        for log in (metrics, completions):
-            log.close()
-        save_model(run_dir / "model", sampler, tokenizer, True, needed=True)
-        write_card(command_line(cfg), **vars(cfg) | {"run_dir": run_dir})
-        print("\n" + summary(run_dir, cfg.task, cfg.steps))
 
 
-def run(arguments: list[str]) -> int:
-    """The way in from the command line; returns the exit code, 2 for an option that can't work."""
-    return exit_code(lambda: main(parse_config(arguments)))
+def run(words: list[str]) -> int:
+    """The command line. Returns the exit code. Whatever ends a run early is one line on stderr."""
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.default_int_handler)  # raises KeyboardInterrupt
+    cfg = Config()
+    try:
+        cfg = parse_config(words)
+        main(cfg)
+        return 0
+    except (UsageError, KeyboardInterrupt, RuntimeError, *FILE_ERRORS) as error:
+        out_of_memory = bool(re.search("out of memory|allocate memory", str(error)))
+        full_disk = isinstance(error.__context__, OSError)  # torch.save then raises RuntimeError
+        other_process = "Connection closed" in str(error)  # it has ended, and says why
+        if type(error) is RuntimeError and not (out_of_memory or full_disk or other_process):
+            raise  # a mistake in this file
+
+        reason = "out of memory" if out_of_memory else str(error) or "stopped"
+        if not isinstance(error, UsageError) and Path(cfg.run_dir, "config.json").exists():
+            reason += f"; to continue: uv run R1ZeroTrain.py --resume {cfg.run_dir}"
+        if out_of_memory:  # results do not depend on these
+            reason += f" --tokens_per_microbatch {1 + cfg.tokens_per_microbatch // 2}"
+            reason += f" --rollout_rows {1 + cfg.rollout_rows // 2}"
+        if IS_MAIN or out_of_memory:  # which may be so in any process
+            print("R1ZeroTrain.py:", printable(" ".join(reason.split())), file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack the sparkline's characters
     sys.exit(run(sys.argv[1:]))

@@ -18,7 +18,9 @@ tags, and that one may try again, but not that trying again pays: that is left f
     </think>
     <answer>(8 - 7) + 4</answer>
 
-No held-out problem appears in the corpus. 17 minutes on 2 cores.
+No held-out problem appears in the corpus. 17 minutes on 2 cores. The model in notebooks/tiny-base was grown when a
+target was drawn among the training problems of its numbers only. Now a held-out problem is drawn again as a whole, so
+the same seed gives other problems, and a model that is equivalent but not identical.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from prompts import countdown_problem  # noqa: E402
+from prompts import countdown_key, countdown_problem, is_held_out  # noqa: E402
 
 # The run's numbers end at 9. With no larger ones here there would be 1,600 problems, few enough to learn by heart where
 # the target is hit, in place of comparing each result with it.
@@ -124,9 +126,10 @@ def attempts(rng: random.Random, a: int, b: int, c: int) -> Iterator[tuple[str, 
 
 def document(rng: random.Random) -> str:
     """One person's attempts at one training problem, and the last of them as the answer."""
-    numbers, target = countdown_problem(
-        rng, held_out=False, operand_range=NUMBERS, target_range=(1, LARGEST)
-    )
+    held_out = True
+    while held_out:
+        numbers, target = countdown_problem(rng, operand_range=NUMBERS, target_range=(1, LARGEST))
+        held_out = is_held_out(countdown_key(numbers, target))
     # The chance of giving up after an attempt that missed.
     gives_up = 0.01 if rng.random() < PATIENT else rng.uniform(0.5, 1.0)
     lines = [f"Numbers: {' '.join(map(str, numbers))} Target: {target}", "<think>"]

@@ -154,8 +154,18 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prompt_of(rollout: Rollout, row: int) -> torch.Tensor:
     """The prompt's ids of a completion, without padding."""
-    question = row * len(rollout.prompts) // len(rollout.ids)
-    return rollout.prompt_ids[question][rollout.prompt_mask[question]]
+    return rollout.prompt_ids[row][rollout.prompt_ids[row] >= 0]
+
+
+def plain_forward(
+    model: torch.nn.Module, rollout: Rollout, row: int, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logp [T], entropy [T], all_logp [T, V]) of one completion by a plain forward pass: a single row, no padding,
+    no cache, all logits, softmax in float64."""
+    prompt, ids = prompt_of(rollout, row), rollout.ids[row, : rollout.lengths[row]]
+    logits = model(torch.cat([prompt, ids])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+    all_logp = torch.log_softmax(logits.double() / temperature, dim=-1)
+    return all_logp.gather(1, ids[:, None])[:, 0], -(all_logp.exp() * all_logp).sum(1), all_logp
 
 
 def letter_reward(completion: str, numbers: list[int], target: int) -> float:

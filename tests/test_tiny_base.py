@@ -1,122 +1,90 @@
 """notebooks/tiny-base: small, honest (no held-out problem in its corpus), and able to learn."""
 
-import importlib.util
-import json
 import random
 import re
-from collections.abc import Iterator
+import sys
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from conftest import read_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-import R1ZeroTrain
-from prompts import countdown_question, is_held_out, load_questions, render_prompt
-from R1ZeroTrain import Config, Rollout, generate, load_policy, load_tokenizer, main, parse_config
+from prompts import countdown, countdown_key, is_held_out, load_questions, render_prompt
+from R1ZeroTrain import Config, generate, load_policy, load_tokenizer, main, parse_config
 from rewards import countdown_reward, format_reward
 
-NOTEBOOKS = Path(R1ZeroTrain.__file__).parent / "notebooks"
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 FOLDER = NOTEBOOKS / "tiny-base"
 HEADER = re.compile(r"Numbers: ([0-9 ]+) Target: ([0-9]+)\n")
 SUM = re.compile(r"([0-9]+) ([-+*/]) ([0-9]+) = ([0-9]+)")
 
-
-@pytest.fixture(scope="module")
-def growing() -> ModuleType:
-    """The script that grew the model, as a module."""
-    spec = importlib.util.spec_from_file_location("grow_tiny_base", NOTEBOOKS / "grow_tiny_base.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(NOTEBOOKS))
+import grow_tiny_base as growing  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def corpus(growing: ModuleType) -> list[str]:
-    rng = random.Random(1)
-    return [growing.document(rng) for _ in range(5000)]
+def corpus() -> list[tuple[list[int], int, str]]:
+    """The numbers, the target and the completion of 5,000 documents."""
+    rng, documents = random.Random(1), []
+    for _ in range(5000):
+        text = growing.document(rng)
+        header = HEADER.match(text)
+        numbers = [int(number) for number in header[1].split()]
+        documents.append((numbers, int(header[2]), text[header.end() :]))
+    return documents
 
 
 @pytest.fixture(scope="module")
-def base() -> tuple:
-    return load_policy(str(FOLDER)), load_tokenizer(str(FOLDER))
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(FOLDER))
 
 
-@pytest.fixture(scope="module")
-def tokenizer(base: tuple) -> PreTrainedTokenizerBase:
-    return base[1]
+def sums(text: str) -> list[bool]:
+    """Whether the sums in a text are right, one after the other."""
+    right = []
+    for a, operator, b, result in SUM.findall(text):
+        a, b = Fraction(a), int(b)
+        values = {"+": a + b, "-": a - b, "*": a * b, "/": b and a / b}
+        right.append(values[operator] == int(result))
+    return right
 
 
-@pytest.fixture(scope="module")
-def held_out() -> list[dict]:
-    return [
-        task | {"index": i} for i, task in enumerate(load_questions("countdown", "", 0, 256)[1])
-    ]
-
-
-@pytest.fixture(scope="module")
-def sampled(base: tuple, held_out: list[dict]) -> Rollout:
-    """What the untrained model makes of 256 held-out questions, once each at temperature 1."""
-    return generate(*base, held_out, 1, Config(max_new_tokens=200), "test", lambda phase, ids: None)
-
-
-def survives(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def is_right(first: str, operator: str, second: str, result: str) -> bool:
-    a, b = Fraction(first), Fraction(second)
-    if operator == "/":
-        return b != 0 and a / b == int(result)
-    return {"+": a + b, "-": a - b, "*": a * b}[operator] == int(result)
-
-
-def test_it_is_small_and_opens_like_any_model(base: tuple) -> None:
-    policy, tokenizer = base  # AutoModelForCausalLM, AutoTokenizer
+def test_it_is_small_and_opens_like_any_model(tokenizer: PreTrainedTokenizerBase) -> None:
+    policy = load_policy(str(FOLDER))  # by AutoModelForCausalLM
     assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 4e6
     assert policy.config.vocab_size == len(tokenizer)
     assert tokenizer.eos_token_id == policy.generation_config.eos_token_id
 
 
-def test_every_text_of_the_corpus_survives_the_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, corpus: list[str]
-) -> None:
-    assert all(survives(tokenizer, text) for text in corpus[:2000])
-
-
 @settings(deadline=None, max_examples=300)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    assert survives(tokenizer, text)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "  ", "007 + 100", "<think> </think>\r\n", "<0x41>", "é漢🙂", "▁ x", " ,  ."]
-)
-def test_odd_texts_survive_the_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    assert survives(tokenizer, text)
+    text = f"{text}007 + 100 <think> </think>\r\n<0x41> é漢🙂 ▁ x ,  .{text}"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 def test_the_shipped_tokenizer_is_the_one_the_script_makes(
-    growing: ModuleType, tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     made = growing.make_tokenizer()
-    assert (
-        tokenizer.get_vocab() == made.get_vocab() and tokenizer.chat_template == made.chat_template
-    )
+    assert tokenizer.get_vocab() == made.get_vocab()
+    assert tokenizer.chat_template == made.chat_template
 
 
-def test_every_question_has_the_length_that_the_loss_leaves_out(
-    growing: ModuleType, tokenizer: PreTrainedTokenizerBase, corpus: list[str]
+def test_every_prompt_is_short_and_of_the_length_that_the_loss_leaves_out(
+    tokenizer: PreTrainedTokenizerBase, corpus: list
 ) -> None:
-    questions = [text[: HEADER.match(text).end()] + "<think>\n" for text in corpus]
-    assert {len(ids) for ids in tokenizer(questions)["input_ids"]} == {growing.QUESTION}
+    for numbers, target, completion in corpus[:1000]:
+        prompt = render_prompt(tokenizer, countdown(numbers, target)["question"])
+        assert prompt == f"Numbers: {' '.join(map(str, numbers))} Target: {target}\n<think>\n"
+        assert len(tokenizer(prompt)["input_ids"]) == growing.QUESTION
+        assert tokenizer.decode(tokenizer(completion)["input_ids"]) == completion
 
 
-def test_micro_batches_hold_every_document_once_and_whole(growing: ModuleType) -> None:
+def test_micro_batches_hold_every_document_once_and_whole() -> None:
     rng = random.Random(0)
     documents = [[i] * rng.randint(20, 300) for i in range(200)]
     batches = growing.microbatches(documents)
@@ -125,74 +93,47 @@ def test_micro_batches_hold_every_document_once_and_whole(growing: ModuleType) -
     assert sorted(rows) == sorted(documents)
 
 
-def test_no_held_out_problem_is_in_the_corpus(corpus: list[str]) -> None:
-    for text in corpus:
-        numbers, target = HEADER.match(text).groups()
-        assert not is_held_out([int(number) for number in numbers.split()], int(target))
+def test_no_held_out_problem_is_in_the_corpus(corpus: list) -> None:
+    assert not any(is_held_out(countdown_key(numbers, target)) for numbers, target, _ in corpus)
 
 
-def test_the_corpus_is_right_where_it_says_yes_and_well_formed_throughout(
-    corpus: list[str],
-) -> None:
+def test_the_corpus_is_right_where_it_says_yes_and_well_formed_throughout(corpus: list) -> None:
     solved = 0
-    for text in corpus:
-        numbers, target = HEADER.match(text).groups()
-        completion = text[HEADER.match(text).end() :]
-        right = countdown_reward(
-            completion, [int(number) for number in numbers.split()], int(target)
-        )
+    for numbers, target, completion in corpus:
+        right = countdown_reward(completion, numbers, target)
         assert format_reward(completion) == 1
-        assert right == float(" yes\n" in completion)
-        assert all(is_right(*parts) for parts in SUM.findall(completion))
-        solved += int(right)
+        assert right == (" yes\n" in completion)
+        assert all(sums(completion))
+        solved += right
     assert 0.1 < solved / len(corpus) < 0.5
 
 
-def test_its_prompt_is_short(tokenizer: PreTrainedTokenizerBase) -> None:
-    prompt = render_prompt(tokenizer, countdown_question([8, 7, 4], 36))
-    assert prompt == "Numbers: 8 7 4 Target: 36\n<think>\n"
-    assert len(tokenizer(prompt)["input_ids"]) <= 12
+def test_the_script_grows_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "DOCUMENTS", 8)
+    growing.grow(1, 0, tmp_path)
+    load_policy(str(tmp_path))
 
 
-def test_its_sums_are_right(sampled: Rollout) -> None:
-    sums = [parts for text in sampled.text for parts in SUM.findall(text)]
-    assert len(sums) > 500
-    assert sum(is_right(*parts) for parts in sums) / len(sums) >= 0.99
-
-
-def test_it_solves_a_quarter_of_the_problems_before_training(
-    sampled: Rollout, held_out: list[dict]
+def test_its_sums_are_right_and_it_solves_a_quarter_before_training(
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    right = [
-        countdown_reward(text, **task["answer"])
-        for text, task in zip(sampled.text, held_out, strict=True)
-    ]
-    assert 0.15 <= sum(right) / len(right) <= 0.35
+    """256 held-out problems, once each at temperature 1."""
+    questions = load_questions("countdown", "", 0, 256)[1]
+    questions = [question | {"index": f"eval/{i}"} for i, question in enumerate(questions)]
+    policy = load_policy(str(FOLDER))
+    rollout = generate(policy, tokenizer, questions, 1, Config(max_new_tokens=200))
+    right = sums("\n".join(rollout.text))
+    assert sum(right) >= 0.99 * len(right) > 500
+    solved = [countdown_reward(t, **q["answer"]) for t, q in zip(rollout.text, questions)]
+    assert 0.15 <= sum(solved) / 256 <= 0.35
 
 
-@pytest.fixture(scope="module")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict]]:
-    run_dir = tmp_path_factory.mktemp("runs") / "short"
-    options = {
-        "steps": 12,
-        "questions_per_step": 8,
-        "eval_questions": 32,
-        "max_new_tokens": 120,
-        "run_dir": run_dir,
-    }
-    main(
-        parse_config(
-            [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        )
-    )
-    yield [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_it_learns_to_search_within_a_dozen_steps(short_run: list[dict]) -> None:
+def test_it_learns_to_search_within_a_dozen_steps(tmp_path: Path) -> None:
     """Three steps' mean accuracy rises by 0.1 or more; a whole run is in the README."""
-    accuracy = [line["accuracy"] for line in short_run]
-    before, after = sum(accuracy[:3]) / 3, sum(accuracy[-3:]) / 3
-    assert after > before + 0.1
+    options = "--steps 12 --questions_per_step 8 --eval_questions 32 --max_new_tokens 120 --run_dir"
+    main(parse_config([*options.split(), str(tmp_path / "run")]))
+    accuracy = [line["accuracy"] for line in read_lines(tmp_path / "run")]
+    assert sum(accuracy[-3:]) > sum(accuracy[:3]) + 0.3  # that is 0.1 a step
 
 
 @pytest.mark.study
@@ -200,8 +141,6 @@ def test_it_learns_to_search_within_a_dozen_steps(short_run: list[dict]) -> None
 def test_the_default_run_learns_what_the_readme_says(seed: int, tmp_path: Path) -> None:
     """Minutes each, so by `uv run pytest -m study` only; the test above is its short form."""
     main(parse_config(["--seed", str(seed), "--run_dir", str(tmp_path / "run")]))
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    before, after = lines[0], lines[-1]
+    before, *_, after = read_lines(tmp_path / "run")
     assert before["eval_pass@1"] <= 0.35 and after["eval_pass@1"] >= 0.75
     assert after["eval_length"] >= 1.5 * before["eval_length"]
-    assert before["kl"] == 0 < after["kl"]
