@@ -6,9 +6,9 @@ import shutil
 import sys
 import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # read when huggingface_hub is imported, so it comes before the imports below
-)
+# Both are read when a library is imported, so they come before the imports below.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # threads spin while they wait, and pytest has two processes
 os.environ.pop("WANDB_MODE", None)
 if os.environ.pop(
     "PYTHONDONTWRITEBYTECODE", None
@@ -35,6 +35,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import rewards
 from R1ZeroTrain import Rollout
 
 ATTEMPTS: list[str] = []  # what has tried to leave this machine
@@ -49,6 +50,12 @@ def is_local(address: object) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return False  # a name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that neither of pytest's two processes has one left at the end."""
+    slow = ("test_walkthrough.py", "test_tiny_base.py")
+    items.sort(key=lambda item: item.path.name not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,6 +86,9 @@ def _no_way_out() -> Iterator[None]:
     )
     yield
     patch.undo()
+    if rewards._worker:  # otherwise Python warns at its exit that the process still runs
+        rewards._worker.kill()
+        rewards._worker.communicate()
 
 
 @pytest.fixture(autouse=True)

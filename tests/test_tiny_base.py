@@ -130,8 +130,9 @@ def test_its_sums_are_right_and_it_solves_a_quarter_before_training(
 
 def test_it_learns_to_search_within_a_dozen_steps(tmp_path: Path) -> None:
     """Three steps' mean accuracy rises by 0.1 or more; a whole run is in the README."""
-    options = "--steps 12 --questions_per_step 8 --eval_questions 32 --max_new_tokens 120 --run_dir"
-    main(parse_config([*options.split(), str(tmp_path / "run")]))
+    rollouts = "--steps 12 --questions_per_step 8 --group_size 8 --max_new_tokens 120"
+    options = f"{rollouts} --eval_questions 32 --run_dir {tmp_path / 'run'}"
+    main(parse_config(options.split()))
     accuracy = [line["accuracy"] for line in read_lines(tmp_path / "run")]
     assert sum(accuracy[-3:]) > sum(accuracy[:3]) + 0.3  # that is 0.1 a step
 
