@@ -297,17 +297,7 @@ def math_reward(completion: str, gold: str) -> float:
         return float(equal(answer, gold))
     if re.search(FUNCTION, answer) and not re.search(FUNCTION, gold):
         return 0.0
-    with _lock:
-        start_math_worker()
-        try:
-            print(json.dumps([answer, gold]), file=_worker.stdin)
-            return float(_worker.stdout.readline() or 0)  # "": the worker was killed
-        except BrokenPipeError:  # it was killed before it could read the line
-            return 0.0
-        except BaseException:  # after Ctrl-C, the next comparison must not read this reply
-            _worker.kill()
-            _worker.wait()
-            raise
+    return ask_worker(answer, gold)
 
 
 def last_box(text: str) -> str:
@@ -468,6 +458,21 @@ def start_math_worker() -> None:
         text=True,
         start_new_session=True,  # out of reach of Ctrl-C in the terminal
     )
+
+
+def ask_worker(answer: str, gold: str) -> float:
+    """Returns 1.0 if the worker finds that two canonical texts are equal, within its time limit."""
+    with _lock:
+        start_math_worker()
+        try:
+            print(json.dumps([answer, gold]), file=_worker.stdin)
+            return float(_worker.stdout.readline() or 0)  # "": the worker was killed
+        except BrokenPipeError:  # it was killed before it could read the line
+            return 0.0
+        except BaseException:  # after Ctrl-C, the next comparison must not read this reply
+            _worker.kill()
+            _worker.wait()
+            raise
 
 
 # The parser and SymPy are slow when they first meet a construct. The children inherit what the
