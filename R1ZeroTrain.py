@@ -446,26 +446,27 @@ def read_prompts(policy, prompt_ids: Tensor, new: int, cfg, states=False) -> tup
 
 
 class RoomyLayer(DynamicLayer):
-    """KV cache of a layer that has room to grow. DynamicLayer copies all of it for each token."""
+    """KV cache of a layer with room to grow: DynamicLayer copies all of it for each new token.
+
+    keys and values are [n, heads, room, width], of which `length` places are in use."""
+
+    length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = append(self.keys, key_states), append(self.values, value_states)
-        return self.keys, self.values
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
 
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if self.length > self.keys.shape[2]:
+            room = (0, 0, 0, key_states.shape[2] + self.length // 2)
+            self.keys, self.values = pad(self.keys, room), pad(self.values, room)
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-def append(kept: Tensor, new: Tensor) -> Tensor:
-    """torch.cat([kept, new], dim=2) of [n, heads, length, width], in place if there is room."""
-    rows, heads, added, width = new.shape
-    end = added + (kept.shape[2] if kept.dim() == 4 else 0)  # an empty cache has one dimension
-    # kept is a view of a larger tensor; stride(1) is what each head has of that.
-    if kept.dim() < 4 or kept.stride(1) < end * width:
-        room = new.new_empty(rows, heads, max(64, end // 2), width)
-        return torch.cat([kept, new, room], dim=2)[:, :, :end]
-    kept = kept.as_strided((rows, heads, end, width), kept.stride())
-    kept[:, :, -added:] = new
-    return kept
+    def get_seq_length(self) -> int:
+        return self.length
 
 
 def drop_finished(rows: Tensor, ids: Tensor, eos: Tensor, cache: DynamicCache) -> Tensor:
