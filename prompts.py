@@ -30,8 +30,6 @@ from itertools import combinations, product
 from pathlib import Path
 from random import Random
 
-from jinja2 import TemplateError
-
 from rewards import countdown_reward, gsm8k_reward, last_box, math_reward, start_math_worker
 
 
@@ -44,23 +42,30 @@ class UsageError(ValueError):
 
 # Table 1 of DeepSeek-R1 (arXiv 2501.12948) in TinyZero's wording, for models without a chat
 # template.
-BASE_TEMPLATE = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant "
-    "solves it. The assistant first thinks about the reasoning process in the mind and then "
-    "provides the user with the answer.\n"
-    "User: {question}\n"
-    "Assistant: Let me solve this step by step.\n"
-    "<think>"
-)
-SYSTEM_PROMPT = (
-    "You are a helpful assistant. First think about the reasoning process in <think> </think> "
-    "tags, then give only the final answer in <answer> </answer> tags."
-)
+BASE_TEMPLATE = """\
+A conversation between User and Assistant. The user asks a question, and the Assistant solves it. \
+The assistant first thinks about the reasoning process in the mind and then provides the user with \
+the answer.
+User: {question}
+Assistant: Let me solve this step by step.
+<think>"""
+SYSTEM_PROMPT = """\
+You are a helpful assistant. First think about the reasoning process in <think> </think> tags, \
+then give only the final answer in <answer> </answer> tags."""
 # The end of TinyZero's questions. The base template does not mention the tags, so questions do.
-SHOW_WORK = (
-    "Show your work in <think> </think> tags. And return the final answer in <answer> </answer> "
-    "tags, for example <answer> {example} </answer>."
-)
+SHOW_WORK = """\
+Show your work in <think> </think> tags. And return the final answer in <answer> </answer> tags, \
+for example <answer> {example} </answer>."""
+# Stands for "think" in the messages that a chat template reads. No UTF-8 text has this character.
+MASK = "\udfff"
+# Some chat templates write today's date, and a prompt must be the same every day. In front of a
+# template, this macro replaces transformers' strftime_now. Other format codes stay as they are.
+FIXED_DATE = """\
+{% macro strftime_now(format) -%}
+{{ format.replace('%d', '26').replace('%m', '07').replace('%b', 'Jul').replace('%B', 'July')
+         .replace('%y', '24').replace('%Y', '2024').replace('%A', 'Friday') }}
+{%- endmacro %}
+"""
 
 
 def uses_chat_template(tokenizer, template: str) -> bool:
@@ -68,41 +73,62 @@ def uses_chat_template(tokenizer, template: str) -> bool:
 
     `template` is "auto" (if there is a chat template), "base" (never) or "chat" (always).
     """
-    return template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
+    return template == "chat" or bool(template == "auto" and tokenizer.chat_template)
 
 
 def render_prompt(tokenizer, question: str, template: str = "auto") -> str:
     """Returns the prompt for a question. It ends in exactly one open `<think>` and white space.
 
-    See uses_chat_template for `template`. Raises UsageError if the chat template fails.
+    See uses_chat_template for `template`. Raises UsageError if the chat template fails, or if the
+    prompt would not hold the question and SYSTEM_PROMPT whole.
     """
     if not uses_chat_template(tokenizer, template):
         return BASE_TEMPLATE.format(question=question)
 
-    # What the template writes after any question. A question may itself contain <think>.
-    tail = chat_prompt(tokenizer, "7").rpartition("7")[2]
-    # Some templates open the thinking, and some close it at once to switch it off.
-    opened = re.sub(r"<think>\s*</think>\s*\Z", "<think>", tail)
-    if not opened.rstrip().endswith("<think>"):
-        opened += "<think>"
-    return chat_prompt(tokenizer, question).removesuffix(tail) + opened
-
-
-def chat_prompt(tokenizer, question: str) -> str:
-    """Returns what the chat template makes of SYSTEM_PROMPT and a question."""
-    system = {"role": "system", "content": SYSTEM_PROMPT}
-    user = {"role": "user", "content": question}
-    merged = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{question}"}
-
-    # The templates of Gemma and of the first Mistral models refuse a system message.
-    for messages in ([system, user], [merged]):
-        try:  # enable_thinking is an option of Qwen3's template; other templates ignore it
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
-        except (TemplateError, ValueError) as error:  # ValueError: there is no chat template
+    # Some templates ignore a system message. Those of Gemma and the first Mistral models refuse it.
+    for texts in (
+        {"system": SYSTEM_PROMPT, "user": question},
+        {"user": f"{SYSTEM_PROMPT}\n\n{question}"},
+    ):
+        try:
+            return chat_prompt(tokenizer, texts)
+        except Exception as error:  # a template is a program, and can raise anything
             reason = f"{error!r:.200}"
     raise UsageError(f"--template chat: the chat template fails, {reason}; try --template base")
+
+
+def chat_prompt(tokenizer, texts: dict) -> str:
+    """Returns the prompt that the chat template writes for `texts`, `{role of a message: text}`.
+
+    Raises ValueError if the prompt does not hold each text whole, or if `<think>` cannot follow it.
+    """
+    # Some templates edit tags: SmolLM3's deletes "/think" from the system message. Masked texts
+    # also hold no tags that could be taken for the template's own below.
+    messages = [{"role": role, "content": texts[role].replace("think", MASK)} for role in texts]
+    template = FIXED_DATE + tokenizer.get_chat_template()
+    prompt = tokenizer.apply_chat_template(
+        messages,
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=True,  # read by Qwen3's template
+        thinking=True,  # read by DeepSeek-V3.1's
+    )
+
+    for message in messages:
+        # The exception is a template that cuts the problem out of a Countdown question, as
+        # tiny-base's does with split('equals ').
+        if message["content"].strip() not in prompt and "equals '" not in template:
+            raise ValueError("it drops or changes the question or the instruction")
+
+    # Some templates open the thinking, and some also close it at once to switch it off.
+    before, opened = re.fullmatch(
+        r"(?s)(.*?)(?:(<think>(?:\s*\Z)?)(?:\s*</think>\s*)?)?", prompt
+    ).groups("<think>")
+    # gpt-oss's prompt ends inside a header, "<|start|>assistant".
+    if before.count("<think>") != before.count("</think>") or before.endswith("assistant"):
+        raise ValueError("its prompt does not end where <think> can follow")
+    return (before + opened).replace(MASK, "think")
 
 
 def encode(tokenizer, prompts: str | list[str], template: str, **options) -> dict:
@@ -182,14 +208,6 @@ def parse_countdown(text: str) -> dict | None:
     return countdown(numbers, target)
 
 
-def read_countdown(row: dict) -> dict | None:
-    """Returns the question of a row of Jiayi-Pan/Countdown-Tasks-3to4.
-
-    In a CSV file `nums` is text.
-    """
-    return parse_countdown(f"{row['nums']} = {row['target']}")
-
-
 # ---- GSM8K and mathematics ---------------------------------------------------------------------
 
 
@@ -262,7 +280,8 @@ TASKS = {
     "countdown": Task(
         countdown_reward,
         generate=lambda rng: countdown(*countdown_problem(rng)),
-        read=read_countdown,
+        # A row of Jiayi-Pan/Countdown-Tasks-3to4. In a CSV file `nums` is text.
+        read=lambda row: parse_countdown(f"{row['nums']} = {row['target']}"),
         key=lambda question: countdown_key(**question["answer"]),
         ask=lambda text: parse_countdown(text) or ungraded(text),
     ),
@@ -285,7 +304,6 @@ TASKS = {
 
 # ---- Datasets ----------------------------------------------------------------------------------
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # A dataset of one split, which TinyZero cuts by position.
 CUTS = {
     "Jiayi-Pan/Countdown-Tasks-3to4": {"train": "train[:327680]", "test": "train[327680:328704]"}
@@ -303,14 +321,13 @@ def load_splits(option: str, dataset: str) -> tuple:
     for library in ("datasets", "huggingface_hub"):  # errors are reported once, below
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
-    suffix = Path(dataset).suffix.lower()
+    builder = Path(dataset).suffix.lower().strip(".l")  # that of .jsonl is "json"
     try:
-        if suffix in BUILDERS:
-            splits = datasets.load_dataset(BUILDERS[suffix], data_files=glob.escape(dataset))
+        if builder in ("json", "csv", "parquet"):
+            splits = datasets.load_dataset(builder, data_files=glob.escape(dataset))
         else:
             # GSM8K has two configurations, and so has a folder with a copy of it.
-            has_main = dataset == "openai/gsm8k" or Path(dataset, "main").is_dir()
-            name = "main" if has_main else None
+            name = "main" if dataset == "openai/gsm8k" or Path(dataset, "main").is_dir() else None
             splits = datasets.load_dataset(dataset, name, split=CUTS.get(dataset))
     except Exception as error:  # each library for a file format raises its own kinds
         raise UsageError(
@@ -363,20 +380,20 @@ def find_rows(dataset: str, eval_dataset: str, eval_only: bool, usable: Callable
     Without `eval_dataset` they are the test or validation split of `dataset`, or a quarter of it if
     it has none. No row to train on has a key among them. Raises UsageError if either has no rows.
     """
-    training, evaluated = [], {}
+    evaluated = {}
     if eval_dataset:
         option = f"--eval_dataset {eval_dataset}"
         train, test = load_splits(option, eval_dataset)
         evaluated = usable(option, test or train)
     if not dataset or (evaluated and eval_only):
-        return training, evaluated
+        return [], evaluated
 
     option = f"--dataset {dataset}"
     train, test = load_splits(option, dataset)
     if test and not evaluated:
         evaluated = usable(option, test)
         if eval_only:
-            return training, evaluated
+            return [], evaluated
 
     rows = usable(option, train)
     evaluated = evaluated or {key: rows[key] for key in rows if is_held_out(key)}
@@ -395,9 +412,10 @@ def find_rows(dataset: str, eval_dataset: str, eval_only: bool, usable: Callable
 def is_held_out(key: str) -> bool:
     """Returns whether questions with this key are for evaluation only. One key in four is.
 
-    Unlike hash(), SHA-256 gives the same result in every process and on every machine.
+    Unlike hash(), SHA-256 gives the same result in every process and on every machine. The byte
+    must not change either: models trained before have not seen the questions that it holds out.
     """
-    return int(hashlib.sha256(key.encode()).hexdigest()[:16], 16) % 4 == 0
+    return hashlib.sha256(key.encode()).digest()[7] % 4 == 0
 
 
 def load_questions(

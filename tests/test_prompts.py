@@ -135,6 +135,39 @@ GEMMA = (
 MISTRAL = f"{{{{ bos_token }}}}{ALTERNATE}{{{{ '[INST] ' + message['content'] + ' [/INST]' }}}}{{% endfor %}}"
 BARE = "{{ messages[-1].content }}"  # nothing behind the question
 CLOSED = CHATML.replace("assistant\n", "assistant\n<think>no</think>\n")
+# SmolLM3's, which reads "/think" and "/no_think" in the system message as switches, and deletes them.
+SMOLLM3 = (
+    "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+    "{% set mode = '/think' if enable_thinking else '/no_think' %}<|im_start|>system\n"
+    "{%- if messages[0].role == 'system' %}{% set system_message = messages[0].content %}"
+    "{% if '/no_think' in system_message %}{% set mode = '/no_think' %}{% endif %}{% set custom_instructions "
+    "= system_message.replace('/no_think', '').replace('/think', '').rstrip() %}{% endif %}"
+    "{{ '\n## Metadata\n\nReasoning Mode: ' + mode + '\n\n## Custom Instructions\n\n' }}"
+    "{% if custom_instructions %}{{ custom_instructions + '\n\n' }}{% else %}{{ 'You are SmolLM. Please use the "
+    "format: <think> Thought section </think> Solution section.\n\n' }}{% endif %}{{ '<|im_end|>\n' }}"
+    "{% for message in messages %}{% if message.role == 'user' %}{{ '<|im_start|>user\n' + message.content "
+    "+ '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if mode == '/no_think' %}{{ '<think>\n\n</think>\n' }}{% endif %}{% endif %}"
+)
+SMOLLM3_START = (
+    "<|im_start|>system\n## Metadata\n\nReasoning Mode: /think\n\n## Custom Instructions\n\n{system}\n\n"
+    "<|im_end|>\n<|im_start|>user\n{question}"
+)
+# Nemotron-Nano-v2's does so with the questions as well.
+NEMOTRON = (
+    "{% for message in messages %}{% set content = message['content'].replace('/think', '').replace('/no_think', '')"
+    " %}{% if message['role'] == 'system' %}{{ '<SPECIAL_10>System\n' + content + '\n' }}{% else %}"
+    "{{ '<SPECIAL_11>User\n' + content + '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<SPECIAL_11>Assistant\n' }}{% if '/no_think' in messages[0]['content'] %}{{ '<think></think>' }}"
+    "{% else %}{{ '<think>\n' }}{% endif %}{% endif %}"
+)
+DEEPSEEK_V31 = (
+    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ bos_token }}"
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}{% else %}"
+    "{{ '<｜User｜>' + message['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<｜Assistant｜>' }}{% if thinking %}{{ '<think>' }}{% else %}{{ '</think>' }}{% endif %}{% endif %}"
+)
+NO_SYSTEM = CHATML.replace("%}<", "if message.role != 'system' %}<", 1)
 CHATML_START = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}"
 
 
@@ -146,6 +179,7 @@ CHATML_START = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{quest
         "What does <think> do?",
         "7 <think>",
         "<think> </think>",
+        "Is C:/think or C:/no_think empty?",
     ],
 )
 @pytest.mark.parametrize(
@@ -167,7 +201,19 @@ CHATML_START = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{quest
             "<start_of_turn>model\n<think>",
         ),
         (MISTRAL, "<|endoftext|>[INST] {system}\n\n{question}", " [/INST]<think>"),
-        (BARE, "{question}", "<think>"),
+        (BARE, "{system}\n\n{question}", "<think>"),
+        (SMOLLM3, SMOLLM3_START, "assistant\n<think>"),
+        (
+            NEMOTRON,
+            "<SPECIAL_10>System\n{system}\n<SPECIAL_11>User\n{question}",
+            "\n<SPECIAL_11>Assistant\n<think>\n",
+        ),
+        (
+            DEEPSEEK_V31,
+            "<|endoftext|>{system}<｜User｜>{question}",
+            "<｜Assistant｜><think>",
+        ),
+        (NO_SYSTEM, "<|im_start|>user\n{system}\n\n{question}", "assistant\n<think>"),
     ],
 )
 def test_the_thinking_is_opened_once(template: str, start: str, end: str, question: str) -> None:
@@ -181,11 +227,74 @@ def test_the_thinking_is_opened_once(template: str, start: str, end: str, questi
     assert render_prompt(chat, question, "base") == prompts.BASE_TEMPLATE.format(question=question)
 
 
-def test_a_chat_template_that_fails() -> None:
-    for template, reason in ((None, "is not set"), ("{{ raise_exception('no\nwords') }}", "words")):
-        with pytest.raises(UsageError) as error:
-            render_prompt(tokenizer(template), "Why?", "chat")
-        assert re.fullmatch(f"--template chat: .*{reason}.*; try --template base", str(error.value))
+# Templates with which no prompt holds the question and the instruction and ends in an open <think>.
+UNUSABLE = {
+    "is not set": None,
+    "words": "{{ raise_exception('no\nwords') }}",
+    "no default": {"tool_use": CHATML, "rag": CHATML},
+    "TypeError": CHATML.replace("message.content", "message.content + 7"),
+    "UndefinedError": CHATML.replace("message.content", "message.parts[0].text"),
+    "ZeroDivisionError": "{{ 1 // 0 }}",
+    "TemplateSyntaxError": "{% if %}",
+    "drops .* the question": CHATML.replace("messages", "messages if message.role == 'system'", 1),
+    "changes the question": CHATML.replace("message.content", "message.content.replace('</', '<')"),
+    "or the instruction": CHATML.replace("message.content", "message.content[-20:]"),
+    "end where <think> can": CHATML.replace("assistant\n", "assistant\n</think>\n"),
+    # gpt-oss
+    "where <think> can follow": "{% for message in messages %}{{ '<|start|>' + message.role + '<|message|>' + "
+    "message.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+}
+
+
+@pytest.mark.parametrize(("reason", "template"), UNUSABLE.items())
+@pytest.mark.parametrize("option", ["chat", "auto"])
+def test_a_chat_template_that_fails(option: str, reason: str, template: str | dict | None) -> None:
+    chat, question = tokenizer(template), countdown([44, 19, 35], 98)["question"]
+    if not template and option == "auto":
+        return
+    with pytest.raises(UsageError) as error:
+        render_prompt(chat, question, option)
+    assert re.fullmatch(f"--template chat: .*{reason}.*; try --template base", str(error.value))
+    assert question in render_prompt(chat, question, "base")
+
+
+def test_a_prompt_does_not_depend_on_the_day() -> None:
+    today = (
+        "{% if not date_string is defined %}{% if strftime_now is defined %}"  # Llama 3.2
+        "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ date_string + '\n' }}"
+        '{% macro build_system_message() %}{{ strftime_now("%Y-%m-%d") }}{% endmacro %}'  # gpt-oss
+        "{{ build_system_message() + '\n' + strftime_now('%B %d, %Y') + '\n' }}"  # Granite 3
+    )
+    prompt = render_prompt(tokenizer(today + CHATML), "Why?")
+    dates = "26 Jul 2024\n2024-07-26\nJuly 26, 2024\n"
+    assert prompt == dates + render_prompt(tokenizer(CHATML), "Why?")
+
+
+@pytest.mark.parametrize("start", ["\n", " {% if 1 %}{% endif %}", "{{ ' ' }}"])
+def test_a_template_starts_where_it_starts(start: str) -> None:
+    """The pinned date adds nothing to a prompt, and takes nothing away."""
+    messages = [
+        {"role": "system", "content": prompts.SYSTEM_PROMPT},
+        {"role": "user", "content": "Why?"},
+    ]
+    chat = tokenizer(start + CHATML)
+    plain = chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert render_prompt(chat, "Why?") == plain + "<think>"
+
+
+@pytest.mark.parametrize("question", ["", " Why?\n"])
+def test_a_template_may_strip_a_question(question: str) -> None:
+    prompt = f"<start_of_turn>user\n{prompts.SYSTEM_PROMPT}\n\n{question}".rstrip()
+    assert prompt in render_prompt(tokenizer(GEMMA), question)
+
+
+def test_tiny_bases_template_keeps_the_numbers_alone() -> None:
+    template = (ROOT / "notebooks/tiny-base/chat_template.jinja").read_text()
+    for question, start in (
+        (countdown([44, 19, 35], 98)["question"], "Numbers: 44 19 35 Target: 98"),
+        ("Why <think>?", "Why <think>?"),
+    ):
+        assert render_prompt(tokenizer(template), question) == f"{start}\n<think>\n"
 
 
 def test_a_chat_template_writes_the_bos_token_itself() -> None:
