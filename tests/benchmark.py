@@ -123,7 +123,8 @@ def make_model(work: Work) -> str:
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=backend,
             pad_token="<|pad|>",
-            chat_template="{{ messages[-1].content }}",
+            # The question alone. prompts.chat_prompt lets only templates with "equals '" drop the rest.
+            chat_template="{{ messages[-1].content.split('equals ')[-1] }}",
         )
     # The EOS token comes after all tokens that the model was made for.
     tokenizer.add_special_tokens({"eos_token": "<|never|>"})
