@@ -938,9 +938,9 @@ def run(words: list[str]) -> int:
         reason = "out of memory" if out_of_memory else str(error) or "stopped"
         if not isinstance(error, UsageError) and Path(cfg.run_dir, "config.json").exists():
             reason += f"; to continue: uv run R1ZeroTrain.py --resume {cfg.run_dir}"
-        if out_of_memory:  # results do not depend on these
-            reason += f" --tokens_per_microbatch {1 + cfg.tokens_per_microbatch // 2}"
-            reason += f" --rollout_rows {1 + cfg.rollout_rows // 2}"
+            if out_of_memory:  # results do not depend on these
+                reason += f" --tokens_per_microbatch {1 + cfg.tokens_per_microbatch // 2}"
+                reason += f" --rollout_rows {1 + cfg.rollout_rows // 2}"
         if IS_MAIN or out_of_memory:  # which may be so in any process
             print("R1ZeroTrain.py:", printable(" ".join(reason.split())), file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
