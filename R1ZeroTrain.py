@@ -14,16 +14,15 @@
     uv run R1ZeroTrain.py --help              # every option, its meaning and its default
 
 Equations are those of DeepSeek-R1 (arXiv 2501.12948). The file has four parts: the algorithm,
-evaluation, speed, the run. Part 1 is all of GRPO. It calls a few functions of Part 3; you need only
-read their docstrings.
+evaluation, speed, the run. Part 1 is all of GRPO. Of what it calls in Part 3, read the docstrings.
 
 Shapes: Q questions a step, G completions a question, N = Q·G rows (those of a question are
 adjacent), P prompt tokens (padded left), T completion tokens (padded right), V vocabulary size.
 Lower case denotes a subset: n of the N rows, q of the Q questions.
 
-Departures from the paper: the ratio and its clip are per token, as in the first paper on GRPO
-(DeepSeekMath, arXiv 2402.03300); the advantage is divided by std + 1e-4, as in TRL; the reference
-stays the initial policy.
+Departures from the paper: the ratio and its clip are per token, and averaged over tokens, as in the
+first paper on GRPO (DeepSeekMath, arXiv 2402.03300); the advantage is divided by std + 1e-4, as in
+TRL; the reference stays the initial policy.
 """
 
 import copy
@@ -77,7 +76,7 @@ Float = Annotated[float, 0.0]
 class Config:
     """The options of the command line. The comment beside each is also its --help text."""
 
-    recipe: Literal["tiny", "tinyzero", "gsm8k", "mac", "deepscaler"] = "tiny"  # options in RECIPES
+    recipe: Literal["tiny", "tinyzero", "gsm8k", "mac", "deepscaler"] = "tiny"  # a set of defaults
 
     # The policy and its questions
     model: str = "notebooks/tiny-base"  # initial policy: a model folder or a hub name
@@ -163,8 +162,9 @@ class Rollout:
 def generate(policy, tokenizer, questions: list[dict], group_size: int, cfg) -> Rollout:
     """Samples `group_size` completions of each question from softmax(logits / cfg.temperature).
 
-    A question is a dict of its text ("question"), its number in the run ("index") and what its
-    reward needs ("answer"). A completion depends on the weights, the question and cfg only."""
+    A question is a dict of its text ("question"), a unique key that seeds its random numbers
+    ("index") and the arguments of its reward ("answer"). A completion depends on the weights, the
+    question and cfg only."""
     prompts = [render_prompt(tokenizer, q["question"], cfg.template) for q in questions]
     tokens = [torch.tensor(ids) for ids in encode(tokenizer, prompts, cfg.template)["input_ids"]]
     prompt_ids = pad_sequence(tokens, batch_first=True, padding_value=-1, padding_side="left")
@@ -224,7 +224,8 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
     By inverse CDF: it is the first token whose cumulative probability exceeds the random number."""
     probabilities = torch.softmax(logits / temperature, dim=-1)  # [n, V]
     cdf = probabilities.cumsum(-1)
-    # Rounding can leave cdf[-1] below 1. right=True: 0.0 must not draw a token of probability 0.
+    # Rounding can leave cdf[-1] below 1. With right=True, the random number 0.0 cannot select a
+    # token of probability 0.
     token = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
     token = token.clamp(max=cdf.shape[1] - 1)
     return token[:, 0], probabilities.gather(1, token)[:, 0].log()
@@ -265,7 +266,7 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "group":
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    # The mean of equal floats can be off by a bit, which the division would magnify.
+    # The mean of equal floats can have a rounding error, which the division would magnify.
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     return advantages.masked_fill(equal, 0.0).flatten()
 
@@ -273,7 +274,7 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
 def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg) -> tuple[Tensor, Tensor, Tensor]:
     """log pi(o_i,t | q, o_i,<t) of the completions `rows`: (logp, entropy, mask), [n, T] each.
 
-    T is here the length of the longest of them. Logits are divided by the sampling temperature: the
+    Here T is the length of the longest of them. Logits are divided by the sampling temperature: the
     distribution that is scored is the one that was sampled from. Its entropy is in nats."""
     ids = rollout.ids[rows, : int(rollout.lengths[rows].max())]  # [n, T]
     mask = ids >= 0  # EOS counts: the policy must learn when to stop
@@ -282,10 +283,10 @@ def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg) -> tuple[Tensor,
 
 
 def token_weights(lengths: Tensor, loss: str, max_new_tokens: int) -> Tensor:
-    """lengths [N] -> [N]: the weight in the loss of each token of completion i. N counts all
-    completions of the step: splitting them into micro-batches or over processes changes nothing.
+    """lengths [N] -> [N]: the weight in the loss of each token of completion i. N is the number of
+    completions of the step, in all micro-batches and processes, so splitting them changes nothing.
 
-    grpo: 1 / (|o_i|·N), the mean over completions of the mean over their tokens (equation 1).
+    grpo: 1 / (|o_i|·N), the mean over completions (1/G) of the mean over their tokens (1/|o_i|).
     dapo: 1 / the sum of all |o_i|, the mean over tokens (arXiv 2503.14476).
     dr_grpo: 1 / (N·max_new_tokens), a constant (arXiv 2503.20783)."""
     n, ones = len(lengths), torch.ones_like(lengths, dtype=torch.float32)
@@ -360,7 +361,7 @@ def update(
             accelerator.backward(loss)
 
             gap = (logp_old[i] - rollout.logp_sampled[rows, : logp.shape[1]]).abs()
-            metrics["logp_gap"] = (gap * mask).sum()  # that difference
+            metrics["logp_gap"] = (gap * mask).sum()  # how differently the sampler rounds
             metrics["entropy"] = (entropy * mask).sum()
             metrics["tokens"] = mask.sum()
             sums.append(metrics)
@@ -381,8 +382,8 @@ def update(
 def evaluate(policy, tokenizer, held_out: list[dict], cfg, accelerator) -> tuple:
     """Samples K = cfg.eval_samples completions of each held-out question: (metrics, samples).
 
-    All evaluations use the same random numbers, so that only the weights make a difference. Returns
-    the first sample of each question."""
+    All evaluations use the same random numbers, so that only the weights make a difference. The
+    samples that it returns are the first of each question."""
     k, samples = cfg.eval_samples, []
     questions = [question | {"index": f"eval/{i}"} for i, question in enumerate(held_out)]
     with accelerator.split_between_processes(questions) as share:
@@ -402,8 +403,8 @@ def ask(policy, tokenizer, question: dict, cfg) -> None:
 
 
 # ==== Part 3. Speed ===============================================================================
-# Each function computes what a straightforward version would, faster or in less memory. The figures
-# are of 2 CPU cores: a step of the default run, or of a model in tests/benchmark.py.
+# Each function computes what a straightforward version would, faster or in less memory. Timings are
+# of the default run, or of a model (narrow, wide) in tests/benchmark.py, on 2 CPU cores.
 LOGITS_AT_ONCE = 2**21  # 8 MB: they fit into the cache of a CPU
 
 
@@ -438,7 +439,7 @@ def read_prompts(policy, prompt_ids: Tensor, new: int, cfg, states=False) -> tup
     ids, row_of = prompt_ids.cpu().unique(dim=0, return_inverse=True)  # [q, P], [n]
     ids, row_of = ids.to(prompt_ids.device), row_of.to(prompt_ids.device)
     cache = DynamicCache()
-    if not torch.is_grad_enabled():  # autograd cannot go through changes in place
+    if not torch.is_grad_enabled():  # autograd does not support its writes in place
         cache.layer_class_to_replicate = RoomyLayer  # of which the cache makes one for each layer
     out = forward(policy, ids, ids >= 0, cfg, cache, states, keep=1)
     cache.reorder_cache(row_of)  # from q rows to n
@@ -462,7 +463,8 @@ class RoomyLayer(DynamicLayer):
         start, self.length = self.length, self.length + key_states.shape[2]
         if self.length > self.keys.shape[2]:
             room = (0, 0, 0, key_states.shape[2] + self.length // 2)
-            self.keys, self.values = pad(self.keys, room), pad(self.values, room)
+            self.keys = pad(self.keys, room)
+            self.values = pad(self.values, room)
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
@@ -580,7 +582,7 @@ def microbatches(rollout: Rollout, tokens: int) -> list[Tensor]:
 
 
 def refresh(other, policy, dtype: str) -> None:
-    """Copies the policy's weights to another model, in `dtype`, but for those that they share."""
+    """Copies the policy's weights to another model, in `dtype`, except those that they share."""
     for weight, trained in zip(other.parameters(), policy.parameters()):
         if weight is not trained:
             cast = trained.detach().to(getattr(torch, dtype), copy=True)
@@ -592,7 +594,7 @@ def refresh(other, policy, dtype: str) -> None:
 FILE_ERRORS = (OSError, SafetensorError, UnpicklingError)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes
 LARGE = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50 "
-LARGE += "--group_size 8 --rollout_rows 64 "  # of an option given twice, the last one counts
+LARGE += "--group_size 8 --rollout_rows 64 "  # if an option appears twice, the last one counts
 RECIPES = {
     "tiny": "",
     "tinyzero": LARGE + "--model Qwen/Qwen2.5-3B --dataset Jiayi-Pan/Countdown-Tasks-3to4 "
@@ -611,8 +613,7 @@ RECIPES = {
 
 
 def parse_config(words: list[str]) -> Config:
-    """The words of a command line -> Config. They override the recipe, or the run to resume.
-    Raises UsageError for an option that cannot work."""
+    """Command line -> Config. `words` override recipe and resumed run. Raises UsageError."""
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for option in fields(Config):
         option.metadata = {"help": comments[option.name]}
@@ -724,8 +725,7 @@ def load_tokenizer(model: str):
 
 
 def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """The model, without dropout and checked by check_policy. It is in float32 because bfloat16
-    would round away an update at lr 1e-6."""
+    """The model, checked, without dropout, in float32: bfloat16 rounds away updates at lr 1e-6."""
     disable_progress_bar()
     # On MPS the fused attention is wrong with padding (pytorch issue 184180).
     attention = "eager" if torch.backends.mps.is_available() else None
@@ -750,7 +750,7 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedM
 @torch.no_grad()
 def check_policy(policy) -> None:
     """Raises ValueError unless `predict`, with padding and a copied cache, equals a plain forward
-    pass. It does not if attention is not causal, or if the state is not a KV cache. Sets
+    pass. They differ if attention is not causal, or if the state is not a KV cache. Sets
     policy.plain_head: whether the logits are states @ head.weight.T and nothing else."""
     prompt_ids = torch.arange(4).repeat(3, 1)
     prompt_ids[1:, :2] = -1  # a prompt of four tokens, and twice one of two
@@ -941,7 +941,7 @@ def run(words: list[str]) -> int:
             if out_of_memory:  # results do not depend on these
                 reason += f" --tokens_per_microbatch {1 + cfg.tokens_per_microbatch // 2}"
                 reason += f" --rollout_rows {1 + cfg.rollout_rows // 2}"
-        if IS_MAIN or out_of_memory:  # which may be so in any process
+        if IS_MAIN or out_of_memory:  # any process may run out of memory
             print("R1ZeroTrain.py:", printable(" ".join(reason.split())), file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
 
