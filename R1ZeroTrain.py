@@ -462,7 +462,7 @@ class RoomyLayer(DynamicLayer):
 
         start, self.length = self.length, self.length + key_states.shape[2]
         if self.length > self.keys.shape[2]:
-            room = (0, 0, 0, key_states.shape[2] + self.length // 2)
+            room = (0, 0, 0, key_states.shape[2] + self.length // 4)
             self.keys = pad(self.keys, room)
             self.values = pad(self.values, room)
         self.keys[:, :, start : self.length] = key_states
