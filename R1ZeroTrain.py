@@ -175,17 +175,17 @@ def generate(policy, tokenizer, questions: list[dict], group_size: int, cfg) -> 
     uniforms = [torch.rand(size, generator=seeded(cfg.seed, q["index"])) for q in questions]
     uniforms = torch.cat(uniforms).to(policy.device)  # [N, T]
 
-    eos = policy.generation_config.eos_token_id  # a token, a list of several, or None
-    eos = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
-    eos = torch.tensor([token for token in eos if token is not None], device=policy.device)
+    ends = policy.generation_config.eos_token_id  # a token, a list of several, or None
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    eos = torch.tensor(sorted(ends), device=policy.device)
 
     chunks = zip(prompt_ids.split(cfg.rollout_rows), uniforms.split(cfg.rollout_rows))
     parts = [sample(policy, *chunk, eos, cfg) for chunk in chunks]
     ids, logp_sampled = map(torch.cat, zip(*parts))  # [N, T] each
 
     is_eos = torch.isin(ids, eos)
-    after_eos = is_eos.cumsum(1) - is_eos.long() > 0  # True for all tokens after the first EOS
-    ids = ids.masked_fill(after_eos, -1)
+    eos_before = is_eos.cumsum(1) - is_eos.long()  # how many EOS precede each token
+    ids = ids.masked_fill(eos_before > 0, -1)
     lengths, truncated = (ids >= 0).sum(1), ~is_eos.any(1)
 
     text = []
