@@ -380,10 +380,9 @@ def update(
 
 # ==== Part 2. Evaluation ==========================================================================
 def evaluate(policy, tokenizer, held_out: list[dict], cfg, accelerator) -> tuple:
-    """Samples K = cfg.eval_samples completions of each held-out question: (metrics, samples).
+    """Samples K = cfg.eval_samples completions a held-out question: (metrics, first one of each).
 
-    All evaluations use the same random numbers, so that only the weights make a difference. The
-    samples that it returns are the first of each question."""
+    All evaluations use the same random numbers, so that only the weights make a difference."""
     k, samples = cfg.eval_samples, []
     questions = [question | {"index": f"eval/{i}"} for i, question in enumerate(held_out)]
     with accelerator.split_between_processes(questions) as share:
@@ -433,8 +432,7 @@ def read_prompts(policy, prompt_ids: Tensor, new: int, cfg, states=False) -> tup
     """Runs prompts [n, P]. Returns the logits [n, 1, V] at their last tokens, or with `states` the
     states [n, 1, width], the cache, and a mask [n, P + new] with room for completions.
 
-    Equal prompts run once, and the cache is copied to their rows: a G-th of the work. A step of
-    `narrow` takes 3.7 s, not 5.0."""
+    Equal prompts run once, and their cache is copied: a step of `narrow` takes 3.7 s, not 5.0."""
     # prompt_ids is ids[row_of]. On the CPU, because MPS has no unique(dim=0).
     ids, row_of = prompt_ids.cpu().unique(dim=0, return_inverse=True)  # [q, P], [n]
     ids, row_of = ids.to(prompt_ids.device), row_of.to(prompt_ids.device)
@@ -448,10 +446,8 @@ def read_prompts(policy, prompt_ids: Tensor, new: int, cfg, states=False) -> tup
 
 
 class RoomyLayer(DynamicLayer):
-    """KV cache of a layer with room to grow. DynamicLayer copies all of it for each new token, and
-    sampling in the default run takes 1.14 times as long.
-
-    keys and values are [n, heads, room, width], of which `length` places are in use."""
+    """KV cache of a layer: keys and values [n, heads, room, width], in use up to `length`. Without
+    room, DynamicLayer copies all for each token: the default run samples 1.14 times as long."""
 
     length = 0
 
@@ -699,6 +695,10 @@ def set_up(cfg: Config, accelerator, saved: dict) -> tuple:
     if saved:
         set_state_dict(policy, optimizer, **saved, options=WHOLE)
     refresh(sampler.to(accelerator.device), policy, cfg.dtype)
+    probe = torch.zeros(1, 1, dtype=torch.long, device=accelerator.device)
+    with model_files(f"{cfg.model} --dtype {cfg.dtype}"), torch.no_grad():
+        for model in (policy, sampler):  # not all layers can mix precisions
+            forward(model, probe, probe == 0, cfg)
     return policy, reference, sampler, optimizer
 
 

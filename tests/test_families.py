@@ -245,6 +245,7 @@ REFUSED: dict[str, tuple[str, dict]] = {
     "t5": ("T5Config", {"d_model": 32, "d_ff": 32}),  # not from left to right
     "bart": ("BartConfig", {"d_model": 32}),
     "bert": ("BertConfig", {}),
+    "git": ("GitConfig", {"vision_config": {"image_size": 8, "patch_size": 4}}),  # ignores padding
     "openai-gpt": ("OpenAIGPTConfig", {"n_embd": 32, "n_head": 4, "n_layer": 2}),  # no cache
 }
 
@@ -261,3 +262,32 @@ def test_a_model_that_gives_other_numbers_is_refused(
     assert line.startswith(f"R1ZeroTrain.py: --model {model}: cannot be loaded (")
     reason = "AutoModelForCausalLM" if family == "t5" else f"(a {family} model gives other probabi"
     assert reason in line and "; try " in line and not (tmp_path / "run").exists()
+
+
+MIXED = {
+    "xglm": ("XGLMConfig", {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}),
+    "dbrx": (
+        "DbrxConfig",
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 2,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_a_model_that_cannot_mix_precisions_is_refused_in_bfloat16(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save(*MIXED[family], tmp_path / "model")
+    words = f"--model {model} --steps 0 --eval_questions 2 --max_new_tokens 4 --device cpu --dtype "
+    assert R1ZeroTrain.run([*words.split(), "float32", "--run_dir", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert R1ZeroTrain.run([*words.split(), "bfloat16", "--run_dir", str(tmp_path / "no")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"R1ZeroTrain.py: --model {model} --dtype bfloat16: cannot be loaded (")
+    assert not (tmp_path / "no").exists()
