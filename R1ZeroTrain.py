@@ -104,6 +104,7 @@ class Config:
     max_grad_norm: Annotated[float, 0.001] = 1.0  # a larger gradient is scaled down to this norm
     tokens_per_microbatch: Count = 8192  # tokens of a forward pass in training: bounds memory
     gradient_checkpointing: bool = False  # recompute activations: less memory, slower
+    lora_rank: CountOrZero = 0  # train LoRA adapters of this rank; 0: train all weights
     # Evaluation
     eval_every: CountOrZero = 0  # steps between evaluations; 0: only before and after
     eval_questions: Count = 512  # held-out questions in an evaluation
@@ -551,13 +552,14 @@ class HeadLogprobs(torch.autograd.Function):
         states, head, ids, log_sum = ctx.saved_tensors
         scale = grad_logp[:, None] / ctx.cfg.temperature
         grad_states = torch.zeros_like(states, dtype=torch.float32)  # a sum of many terms
-        grad_head = torch.empty_like(head)
+        grad_head = torch.empty_like(head) if head.requires_grad else None  # not with LoRA
         for piece, logits, column, inside in pieces(states, head, ids, ctx.cfg):
             softmax = logits.sub_(log_sum[:, None]).exp_()  # in place, to save memory
             # d logp / d logits = one-hot - softmax
             grad = softmax.mul_(-scale).scatter_add_(1, column, scale * inside).to(states.dtype)
             grad_states += grad @ head[piece].to(states.dtype)
-            grad_head[piece] = grad.T @ states
+            if grad_head is not None:
+                grad_head[piece] = grad.T @ states
         return grad_states, grad_head, None, None
 
 
@@ -587,8 +589,11 @@ def refresh(other, policy, dtype: str) -> None:
 
 
 # ==== Part 4. The run =============================================================================
-FILE_ERRORS = (OSError, SafetensorError, UnpicklingError)
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes
+ENDINGS = UsageError, KeyboardInterrupt, RuntimeError, OSError, SafetensorError, UnpicklingError
+# Of a checkpoint: gathered from all processes, without the weights that LoRA freezes.
+WHOLE = StateDictOptions(
+    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
+)
 LARGE = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50 "
 LARGE += "--group_size 8 --rollout_rows 64 "  # if an option appears twice, the last one counts
 RECIPES = {
@@ -620,13 +625,16 @@ def parse_config(words: list[str]) -> Config:
 
     given = parser.parse_args(words)  # of which --recipe and --resume stand for other options
     defaults = RECIPES[given.recipe].split()
+    if given.lora_rank:
+        defaults += ["--lr", str(10 * parser.parse_args(defaults).lr)]
     if given.resume:
         try:
             saved = json.loads(Path(given.resume, "config.json").read_text())
             saved = vars(Config(**saved)) | {"run_dir": ""}  # the folder may have been moved
         except (OSError, ValueError, TypeError, RecursionError) as error:
             refuse(f"--resume {given.resume}: no run to continue, {error}; try a folder in runs/")
-        defaults = [f"--{name}={value}" for name, value in saved.items()]
+        defaults = []
+        parser.set_defaults(**saved)
     cfg = Config(**vars(parser.parse_args([*defaults, *words])))
 
     for name, hint in get_type_hints(Config, include_extras=True).items():
@@ -635,8 +643,8 @@ def parse_config(words: list[str]) -> Config:
             if not least <= value <= 1e18:
                 refuse(f"--{name} {value}: not in {least} to 1e18; try {getattr(Config, name)}")
     if given.resume:
-        fixed = "recipe model" if cfg.eval_only or cfg.ask else "recipe model task seed run_dir"
-        for name in fixed.split():
+        fixed = ["recipe", "model", "lora_rank", "task", "seed", "run_dir"]
+        for name in fixed[:3] if cfg.eval_only or cfg.ask else fixed:
             if getattr(cfg, name) != saved[name]:
                 refuse(f"--{name} {getattr(cfg, name)}: a run keeps its own; try without --{name}")
 
@@ -662,17 +670,21 @@ def make_accelerator(cfg: Config) -> Accelerator:
             cpu_ram_efficient_loading=False,
         )
         fsdp.mixed_precision_policy = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32)
-    tracker = "wandb" if cfg.wandb else None
     # DDP would exchange buffers in each call and hang, as processes differ in how often they call.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    on_cpu = cfg.device == "cpu"
-    accelerator = Accelerator(  # `forward` has its own mixed precision
-        cpu=on_cpu, mixed_precision="no", log_with=tracker, fsdp_plugin=fsdp, kwargs_handlers=[ddp]
+    accelerator = Accelerator(
+        cpu=cfg.device == "cpu",
+        mixed_precision="no",  # `forward` has its own
+        log_with="wandb" if cfg.wandb else None,
+        fsdp_plugin=fsdp,
+        kwargs_handlers=[ddp],
     )
 
     device, n = accelerator.device.type, accelerator.num_processes
     if cfg.device not in ("auto", device):
         refuse(f"--device {cfg.device}: this machine has {device}; try {device}")
+    if fsdp and cfg.lora_rank:
+        refuse(f"--lora_rank {cfg.lora_rank}: does not work with FSDP; try 0, or DDP by torchrun")
     if cfg.questions_per_step % n:
         refuse(f"--questions_per_step {cfg.questions_per_step}: {n} processes; try {4 * n}")
     return accelerator
@@ -681,14 +693,20 @@ def make_accelerator(cfg: Config) -> Accelerator:
 def set_up(cfg: Config, accelerator, saved: dict) -> tuple:
     """(policy, reference, sampler, optimizer): at the start, or as `saved` by a checkpoint."""
     policy = load_policy(cfg.model, cfg.gradient_checkpointing)
-    reference = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_beta > 0 else None
-    shared = cfg.dtype == "float32" and not accelerator.is_fsdp2
-    sampler = policy if shared else copy.deepcopy(policy)
-    if reference is not None:
-        refresh(reference, policy, cfg.dtype)
+    if cfg.lora_rank:
+        freeze(policy, cfg.dtype)
+    reference = None
+    if cfg.kl_beta > 0:  # what is frozen is not copied: deepcopy finds it in its memo
+        memo = {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}
+        reference = freeze(copy.deepcopy(policy, memo), cfg.dtype)
         if accelerator.is_fsdp2:
             fsdp2_prepare_model(accelerator, reference)
         reference.to(accelerator.device)
+
+    if cfg.lora_rank:
+        policy = add_adapters(policy, cfg)
+    shared = (cfg.lora_rank or cfg.dtype == "float32") and not accelerator.is_fsdp2
+    sampler = policy if shared else copy.deepcopy(policy)
 
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, betas=[0.9, 0.95], weight_decay=0.0)
     policy, _ = accelerator.prepare(policy, optimizer)  # its wrapped optimizer would add nothing
@@ -747,6 +765,30 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedM
     return policy
 
 
+def freeze(model, dtype: str):
+    """The model, with weights that are not trained, in `dtype`."""
+    for weight in model.requires_grad_(False).parameters():  # not its buffers: RoPE needs float32
+        weight.data = weight.data.to(getattr(torch, dtype))
+    return model
+
+
+def add_adapters(policy, cfg):
+    """The policy with LoRA (arXiv 2106.09685): alpha / rank · B @ A @ input is added to the output
+    of each linear layer but the head, and only A and B are trained, in float32.
+
+    Alpha 32, no dropout and ten times the learning rate (in parse_config) are those of "LoRA
+    Without Regret" (Thinking Machines, 2025), which holds them to suit any rank."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        refuse(f"--lora_rank {cfg.lora_rank}: needs peft; try uv run --extra lora R1ZeroTrain.py")
+
+    torch.manual_seed(cfg.seed)  # A starts at random, B at 0: the policy is still the reference
+    return get_peft_model(
+        policy, LoraConfig(r=cfg.lora_rank, lora_alpha=32, target_modules="all-linear")
+    )
+
+
 @torch.no_grad()
 def check_policy(policy) -> None:
     """Raises ValueError unless `predict`, with padding and a copied cache, equals a plain forward
@@ -767,8 +809,9 @@ def check_policy(policy) -> None:
             logp, _ = predict(policy, prompt_ids, ids, Config())
             if torch.allclose(logp[1:], expected, rtol=0, atol=0.01):
                 return
-    kind = policy.config.model_type
-    raise ValueError(f"a {kind} model gives other probabilities with padding and a cache")
+    raise ValueError(
+        f"a {policy.config.model_type} model gives other probabilities with padding and a cache"
+    )
 
 
 def sha256(path: Path) -> str:
@@ -879,8 +922,8 @@ def main(cfg: Config) -> None:
             write_log(run_dir / "metrics.jsonl", [{"step": start} | metrics])
             print_table(metrics)
         return
-    wandb = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}
-    accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": wandb})
+    mode = os.environ.get("WANDB_MODE", "offline")
+    accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": {"dir": run_dir, "mode": mode}})
 
     # Line s of the log describes the policy after s updates, so there is one more line than steps.
     for step in (bar := tqdm(range(start, cfg.steps + 1), "step", disable=not IS_MAIN)):
@@ -912,6 +955,8 @@ def main(cfg: Config) -> None:
 
     refresh(sampler, policy, "float32")  # which gathers the weights that FSDP2 shards
     if IS_MAIN:
+        if cfg.lora_rank:  # adds the adapters to the weights
+            sampler = freeze(sampler.cpu(), "float32").merge_and_unload()
         sampler.generation_config.do_sample = True  # or transformers refuses to save a temperature
         sampler.save_pretrained(run_dir / "model")
         tokenizer.save_pretrained(run_dir / "model")
@@ -928,7 +973,7 @@ def run(words: list[str]) -> int:
         cfg = parse_config(words)
         main(cfg)
         return 0
-    except (UsageError, KeyboardInterrupt, RuntimeError, *FILE_ERRORS) as error:
+    except ENDINGS as error:
         out_of_memory = bool(re.search("out of memory|allocate memory", str(error)))
         full_disk = isinstance(error.__context__, OSError)  # torch.save then raises RuntimeError
         other_process = "Connection closed" in str(error)  # it has ended, and says why

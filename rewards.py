@@ -531,7 +531,7 @@ def normalized_answer(completion: str) -> str | None:
     `1,234`, `$1234.0$` and `\\boxed{1234}` have the same key, for every task. Expressions are
     compared as text: `x+1` and `1+x` have two.
     """
-    key, _ = canonical(last_box(extract_answer(completion) or ""))
+    key = canonical(last_box(extract_answer(completion) or ""))[0]
     value = literal(re.sub(NAMED, r"\1", key))
     return str(key if value is None else value) or None
 
