@@ -38,8 +38,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Annotated, Literal, get_type_hints
+from zipfile import ZipFile
 
 IS_MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the first writes and prints
 if __name__ == "__main__" and IS_MAIN:  # the imports below take seconds
@@ -47,7 +47,7 @@ if __name__ == "__main__" and IS_MAIN:  # the imports below take seconds
     print("loading torch and transformers", flush=True)
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import fsdp2_prepare_model, gather_object
 from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
@@ -157,7 +157,7 @@ class Rollout:
     lengths: Tensor  # [N], tokens of each completion, EOS included
     truncated: Tensor  # [N], True where a completion has T tokens and no EOS
     logp_sampled: Tensor  # [N, T], log-probability of each token when it was sampled
-    text: list[str]  # N completions as they are scored, with the prompt's <think> put back
+    text: list[str]  # N completions as they are scored, with <think>, in which each prompt ends
 
 
 def generate(policy, tokenizer, questions: list[dict], group_size: int, cfg) -> Rollout:
@@ -189,11 +189,8 @@ def generate(policy, tokenizer, questions: list[dict], group_size: int, cfg) -> 
     ids = ids.masked_fill(eos_before > 0, -1)
     lengths, truncated = (ids >= 0).sum(1), ~is_eos.any(1)
 
-    text = []
-    for i, row in enumerate(ids):
-        prompt = prompts[i // group_size]
-        opening = prompt[prompt.rindex("<think>") :]  # every prompt ends in an open <think>
-        text.append(opening + tokenizer.decode(row[(row >= 0) & ~is_eos[i]]))
+    kept = (ids >= 0) & ~is_eos
+    text = ["<think>" + tokenizer.decode(row[keep]) for row, keep in zip(ids, kept)]
     return Rollout(prompt_ids, ids, lengths, truncated, logp_sampled, text)
 
 
@@ -589,11 +586,9 @@ def refresh(other, policy, dtype: str) -> None:
 
 
 # ==== Part 4. The run =============================================================================
-ENDINGS = UsageError, KeyboardInterrupt, RuntimeError, OSError, SafetensorError, UnpicklingError
-# Of a checkpoint: gathered from all processes, without the weights that LoRA freezes.
-WHOLE = StateDictOptions(
-    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
-)
+ENDINGS = UsageError, KeyboardInterrupt, RuntimeError, OSError, SafetensorError
+# A checkpoint: whole, on the CPU, without frozen weights, in which it may differ from the model.
+WHOLE = StateDictOptions(True, True, ignore_frozen_params=True, strict=False)
 LARGE = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50 "
 LARGE += "--group_size 8 --rollout_rows 64 "  # if an option appears twice, the last one counts
 RECIPES = {
@@ -628,13 +623,10 @@ def parse_config(words: list[str]) -> Config:
     if given.lora_rank:
         defaults += ["--lr", str(10 * parser.parse_args(defaults).lr)]
     if given.resume:
-        try:
+        with reading("--resume", given.resume, "a folder in runs/"):
             saved = json.loads(Path(given.resume, "config.json").read_text())
             saved = vars(Config(**saved)) | {"run_dir": ""}  # the folder may have been moved
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            refuse(f"--resume {given.resume}: no run to continue, {error}; try a folder in runs/")
-        defaults = []
-        parser.set_defaults(**saved)
+        defaults = [f"--{name}={value}" for name, value in saved.items()]
     cfg = Config(**vars(parser.parse_args([*defaults, *words])))
 
     for name, hint in get_type_hints(Config, include_extras=True).items():
@@ -664,20 +656,14 @@ def make_accelerator(cfg: Config) -> Accelerator:
     """One process or several, by DDP or FSDP2, on CUDA, MPS or the CPU."""
     fsdp = None
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate launch --use_fsdp
+        wrap = "transformer_based_wrap"
         fsdp = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            cpu_ram_efficient_loading=False,
+            fsdp_version=2, auto_wrap_policy=wrap, cpu_ram_efficient_loading=False
         )
         fsdp.mixed_precision_policy = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32)
-    # DDP would exchange buffers in each call and hang, as processes differ in how often they call.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(
-        cpu=cfg.device == "cpu",
-        mixed_precision="no",  # `forward` has its own
-        log_with="wandb" if cfg.wandb else None,
-        fsdp_plugin=fsdp,
-        kwargs_handlers=[ddp],
+    tracker = "wandb" if cfg.wandb else None
+    accelerator = Accelerator(  # `forward` has its own mixed precision
+        cpu=cfg.device == "cpu", mixed_precision="no", log_with=tracker, fsdp_plugin=fsdp
     )
 
     device, n = accelerator.device.type, accelerator.num_processes
@@ -714,25 +700,25 @@ def set_up(cfg: Config, accelerator, saved: dict) -> tuple:
         set_state_dict(policy, optimizer, **saved, options=WHOLE)
     refresh(sampler.to(accelerator.device), policy, cfg.dtype)
     probe = torch.zeros(1, 1, dtype=torch.long, device=accelerator.device)
-    with model_files(f"{cfg.model} --dtype {cfg.dtype}"), torch.no_grad():
+    with reading(f"--dtype {cfg.dtype} --model", cfg.model), torch.no_grad():
         for model in (policy, sampler):  # not all layers can mix precisions
             forward(model, probe, probe == 0, cfg)
     return policy, reference, sampler, optimizer
 
 
 @contextmanager
-def model_files(model: str):
-    """Arguments of from_pretrained for a folder or a hub name. Errors become a UsageError."""
-    folder = next((f for f in (Path(model), Path(__file__).parent / model) if f.is_dir()), None)
+def reading(option: str, name: str, instead: str = "notebooks/tiny-base"):
+    """Arguments of from_pretrained for a folder or a hub name. Any error becomes a UsageError."""
+    folder = next((f for f in (Path(name), Path(__file__).parent / name) if f.is_dir()), None)
     try:
-        yield {"pretrained_model_name_or_path": folder or model, "trust_remote_code": False}
+        yield {"pretrained_model_name_or_path": folder or name, "trust_remote_code": False}
     except Exception as error:  # each library raises its own kinds for damaged files
-        refuse(f"--model {model}: cannot be loaded ({str(error)[:300]}); try notebooks/tiny-base")
+        refuse(f"{option} {name}: cannot be loaded ({str(error)[:300]}); try {instead}")
 
 
 def load_tokenizer(model: str):
     """The tokenizer. Its model_max_length is the context length of the model."""
-    with model_files(model) as files:
+    with reading("--model", model) as files:
         tokenizer = AutoTokenizer.from_pretrained(**files)
         config = AutoConfig.from_pretrained(**files).get_text_config()
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", 2**20)
@@ -747,7 +733,7 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedM
     disable_progress_bar()
     # On MPS the fused attention is wrong with padding (pytorch issue 184180).
     attention = "eager" if torch.backends.mps.is_available() else None
-    with model_files(model) as files:
+    with reading("--model", model) as files:
         policy, loaded = AutoModelForCausalLM.from_pretrained(
             **files,
             dtype=torch.float32,
@@ -774,19 +760,17 @@ def freeze(model, dtype: str):
 
 def add_adapters(policy, cfg):
     """The policy with LoRA (arXiv 2106.09685): alpha / rank · B @ A @ input is added to the output
-    of each linear layer but the head, and only A and B are trained, in float32.
-
-    Alpha 32, no dropout and ten times the learning rate (in parse_config) are those of "LoRA
-    Without Regret" (Thinking Machines, 2025), which holds them to suit any rank."""
+    of each linear layer but the head. Only A and B are trained, in float32. Alpha 32, no dropout
+    and the learning rate (in parse_config) are those of "LoRA Without Regret" (Thinking Machines,
+    2025): ten times that of full training, for any rank."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         refuse(f"--lora_rank {cfg.lora_rank}: needs peft; try uv run --extra lora R1ZeroTrain.py")
 
     torch.manual_seed(cfg.seed)  # A starts at random, B at 0: the policy is still the reference
-    return get_peft_model(
-        policy, LoraConfig(r=cfg.lora_rank, lora_alpha=32, target_modules="all-linear")
-    )
+    lora = LoraConfig(r=cfg.lora_rank, lora_alpha=32, target_modules="all-linear")
+    return get_peft_model(policy, lora)
 
 
 @torch.no_grad()
@@ -809,19 +793,13 @@ def check_policy(policy) -> None:
             logp, _ = predict(policy, prompt_ids, ids, Config())
             if torch.allclose(logp[1:], expected, rtol=0, atol=0.01):
                 return
-    raise ValueError(
-        f"a {policy.config.model_type} model gives other probabilities with padding and a cache"
-    )
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    kind = policy.config.model_type
+    raise ValueError(f"a {kind} model gives other probabilities with padding and a cache")
 
 
 def save_checkpoint(run_dir: Path, step: int, policy, optimizer) -> None:
-    """Writes checkpoint/<step>-<sha256>.pt, the state after `step` steps, and then deletes the one
-    before: one of them is complete at any instant."""
+    """Writes checkpoint/<step>.pt, the state after `step` steps, and then deletes the one before:
+    one of them is complete at any instant."""
     weights, adam = get_state_dict(policy, optimizer, options=WHOLE)
     if not IS_MAIN:
         return
@@ -830,7 +808,7 @@ def save_checkpoint(run_dir: Path, step: int, policy, optimizer) -> None:
         torch.save({"model_state_dict": weights, "optim_state_dict": adam}, file)
         file.flush()
         os.fsync(file.fileno())
-    saved = new.rename(new.with_name(f"{step:08}-{sha256(new)}.pt"))
+    saved = new.rename(new.with_name(f"{step:08}.pt"))
     for old in set(new.parent.glob("*.pt")) - {saved}:
         old.unlink()
 
@@ -840,10 +818,10 @@ def read_checkpoint(run_dir: str) -> tuple[int, dict]:
     path = max(Path(run_dir, "checkpoint").glob("*.pt"), default=None)
     if run_dir == "" or path is None:
         return 0, {}
-    step, _, digest = path.stem.partition("-")
-    if sha256(path) != digest:
-        refuse(f"--resume {run_dir}: {path} is damaged; try another run")
-    return int(step), torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    with reading("--resume", run_dir, "another run"):
+        if ZipFile(path).testzip():  # torch.save writes checksums, which torch.load ignores
+            raise ValueError(f"{path} is damaged")
+        return int(path.stem), torch.load(path, weights_only=True, map_location="cpu", mmap=True)
 
 
 def open_run_dir(cfg: Config, start: int) -> None:
@@ -854,12 +832,11 @@ def open_run_dir(cfg: Config, start: int) -> None:
     new.write_text(json.dumps(vars(cfg), indent=1))
     new.rename(run_dir / "config.json")
     for name in ("metrics.jsonl", "completions.jsonl"):
-        with (run_dir / name).open("a+") as file:
+        with reading("--resume", run_dir / name, "without its bad lines"):
+            file = (run_dir / name).open("a+")
             file.seek(0)
-            try:  # a line without an end was cut off by a kill
-                kept = [x for x in file if x.endswith("\n") and json.loads(x)["step"] < start]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                refuse(f"--resume {run_dir}: {name} is damaged, {error}; try without its bad lines")
+            # A line without an end was cut off by a kill.
+            kept = [x for x in file if x.endswith("\n") and json.loads(x)["step"] < start]
             file.truncate(sum(map(len, kept)))  # a character is a byte: json.dumps writes ASCII
 
 
@@ -922,8 +899,8 @@ def main(cfg: Config) -> None:
             write_log(run_dir / "metrics.jsonl", [{"step": start} | metrics])
             print_table(metrics)
         return
-    mode = os.environ.get("WANDB_MODE", "offline")
-    accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": {"dir": run_dir, "mode": mode}})
+    wandb = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}
+    accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": wandb})
 
     # Line s of the log describes the policy after s updates, so there is one more line than steps.
     for step in (bar := tqdm(range(start, cfg.steps + 1), "step", disable=not IS_MAIN)):
@@ -974,12 +951,12 @@ def run(words: list[str]) -> int:
         main(cfg)
         return 0
     except ENDINGS as error:
-        out_of_memory = bool(re.search("out of memory|allocate memory", str(error)))
-        full_disk = isinstance(error.__context__, OSError)  # torch.save then raises RuntimeError
-        other_process = "Connection closed" in str(error)  # it has ended, and says why
-        if type(error) is RuntimeError and not (out_of_memory or full_disk or other_process):
+        # With a full disk, torch.save raises RuntimeError. Another process that ends says why.
+        known = re.search("memory|OSError|Connection closed", f"{error} {error.__context__!r}")
+        if type(error) is RuntimeError and not known:
             raise  # a mistake in this file
 
+        out_of_memory = bool(re.search("out of memory|allocate memory", str(error)))
         reason = "out of memory" if out_of_memory else str(error) or "stopped"
         if not isinstance(error, UsageError) and Path(cfg.run_dir, "config.json").exists():
             reason += f"; to continue: uv run R1ZeroTrain.py --resume {cfg.run_dir}"
