@@ -15,19 +15,17 @@
 
 Equations are those of DeepSeek-R1 (arXiv 2501.12948). The file has four parts: the algorithm,
 evaluation, speed, the run. Part 1 is all of GRPO. Of what it calls in Part 3, read the docstrings.
+Departures from the paper: the ratio and its clip are per token, and averaged over tokens, as in the
+first paper on GRPO (DeepSeekMath, arXiv 2402.03300); the advantage is divided by std + 1e-4, as in
+TRL; the reference stays the initial policy.
 
 Shapes: Q questions a step, G completions a question, N = Q·G rows (those of a question are
 adjacent), P prompt tokens (padded left), T completion tokens (padded right), V vocabulary size.
 Lower case denotes a subset: n of the N rows, q of the Q questions.
-
-Departures from the paper: the ratio and its clip are per token, and averaged over tokens, as in the
-first paper on GRPO (DeepSeekMath, arXiv 2402.03300); the advantage is divided by std + 1e-4, as in
-TRL; the reference stays the initial policy.
 """
 
 import copy
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -58,9 +56,8 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers import HfArgumentParser, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
@@ -124,7 +121,7 @@ class Config:
 # ==== Part 1. The algorithm =======================================================================
 def train_step(
     policy, reference, sampler, optimizer, tokenizer, questions: list[dict], cfg, accelerator
-) -> tuple[dict, list[dict]]:
+) -> tuple:
     """A rollout and the update on it. Returns (metrics, samples).
 
     policy is pi_theta and reference is pi_ref. sampler has the policy's weights in the precision of
@@ -216,7 +213,7 @@ def sample(policy, prompt_ids: Tensor, uniforms: Tensor, eos: Tensor, cfg) -> tu
     return ids, logp_sampled
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple:
     """A token for each row of logits [n, V], and its log-probability: [n] each.
 
     By inverse CDF: it is the first token whose cumulative probability exceeds the random number."""
@@ -269,7 +266,7 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     return advantages.masked_fill(equal, 0.0).flatten()
 
 
-def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg) -> tuple[Tensor, Tensor, Tensor]:
+def token_logprobs(policy, rollout: Rollout, rows: Tensor, cfg) -> tuple:
     """log pi(o_i,t | q, o_i,<t) of the completions `rows`: (logp, entropy, mask), [n, T] each.
 
     Here T is the length of the longest of them. Logits are divided by the sampling temperature: the
@@ -305,7 +302,7 @@ def grpo_loss(
     clip_low: float,
     clip_high: float,
     kl_beta: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict]:
     """Equation 1, negated: (loss, metrics).
 
     logp, logp_old, logp_ref, mask are [N, T]; advantages, weights are [N]; logp_ref is None when
@@ -331,7 +328,7 @@ def grpo_loss(
 
 def update(
     policy, reference, optimizer, rollout: Rollout, advantages: Tensor, cfg, accelerator
-) -> dict[str, float | None]:
+) -> dict:
     """mu optimizer steps on one rollout. Returns metrics: means over tokens, and the gradient norm.
 
     At the first step pi_theta is still pi_old: every ratio is 1, but its gradient is not 0."""
@@ -457,8 +454,7 @@ class RoomyLayer(DynamicLayer):
         start, self.length = self.length, self.length + key_states.shape[2]
         if self.length > self.keys.shape[2]:
             room = (0, 0, 0, key_states.shape[2] + self.length // 4)
-            self.keys = pad(self.keys, room)
-            self.values = pad(self.values, room)
+            self.keys, self.values = pad(self.keys, room), pad(self.values, room)
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
@@ -477,7 +473,7 @@ def drop_finished(rows: Tensor, ids: Tensor, eos: Tensor, cache: DynamicCache) -
     return rows[alive]
 
 
-def predict(policy, prompt_ids: Tensor, ids: Tensor, cfg) -> tuple[Tensor, Tensor]:
+def predict(policy, prompt_ids: Tensor, ids: Tensor, cfg) -> tuple:
     """logp and entropy of completions ids [n, T] of prompts [n, P], [n, T] each."""
     model = getattr(policy, "module", policy)  # DDP wraps it
     prompt_ids = prompt_ids[:, (prompt_ids >= 0).any(0)]  # without padding that they share
@@ -610,17 +606,17 @@ RECIPES = {
 
 def parse_config(words: list[str]) -> Config:
     """Command line -> Config. `words` override recipe and resumed run. Raises UsageError."""
-    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    source = Path(__file__).read_text(encoding="utf-8")
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
     for option in fields(Config):
-        option.metadata = {"help": comments[option.name]}
-        if "Literal" not in str(option.type):
-            option.metadata["metavar"] = "X"  # short enough for a line
+        metavar = None if "Literal" in str(option.type) else "X"  # short enough for a line
+        option.metadata = {"help": comments[option.name], "metavar": metavar}
     parser = HfArgumentParser(Config, allow_abbrev=False)
     parser.error = lambda message: refuse(f"{message}; try --help")
 
     given = parser.parse_args(words)  # of which --recipe and --resume stand for other options
     defaults = RECIPES[given.recipe].split()
-    if given.lora_rank:
+    if parser.parse_args([*defaults, *words]).lora_rank:  # see add_adapters
         defaults += ["--lr", str(10 * parser.parse_args(defaults).lr)]
     if given.resume:
         with reading("--resume", given.resume, "a folder in runs/"):
@@ -728,7 +724,7 @@ def load_tokenizer(model: str):
     return tokenizer
 
 
-def load_policy(model: str, gradient_checkpointing: bool = False) -> PreTrainedModel:
+def load_policy(model: str, gradient_checkpointing: bool = False):
     """The model, checked, without dropout, in float32: bfloat16 rounds away updates at lr 1e-6."""
     disable_progress_bar()
     # On MPS the fused attention is wrong with padding (pytorch issue 184180).
@@ -813,7 +809,7 @@ def save_checkpoint(run_dir: Path, step: int, policy, optimizer) -> None:
         old.unlink()
 
 
-def read_checkpoint(run_dir: str) -> tuple[int, dict]:
+def read_checkpoint(run_dir: str) -> tuple:
     """(step, state) as save_checkpoint wrote them last, or (0, {}). Refuses a damaged file."""
     path = max(Path(run_dir, "checkpoint").glob("*.pt"), default=None)
     if run_dir == "" or path is None:
