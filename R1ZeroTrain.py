@@ -57,7 +57,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
@@ -172,7 +172,6 @@ def generate(policy, tokenizer, questions: list[dict], group_size: int, cfg) -> 
     size = group_size, cfg.max_new_tokens
     uniforms = [torch.rand(size, generator=seeded(cfg.seed, q["index"])) for q in questions]
     uniforms = torch.cat(uniforms).to(policy.device)  # [N, T]
-
     ends = policy.generation_config.eos_token_id  # a token, a list of several, or None
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     eos = torch.tensor(sorted(ends), device=policy.device)
@@ -403,10 +402,9 @@ LOGITS_AT_ONCE = 2**21  # 8 MB: they fit into the cache of a CPU
 
 
 def forward(model, ids: Tensor, mask: Tensor, cfg, cache=None, states=False, keep=0) -> Tensor:
-    """Logits [n, new, V] at ids [n, new], which follow what is in the cache.
-
-    mask [n, past + new] is False on padding; it may be wider. Only the last `keep` positions are
-    returned, or all for 0. With `states`, the last hidden states [n, new, width], not logits."""
+    """Logits [n, new, V] at ids [n, new], which follow what is in the cache. mask [n, past + new] is
+    False on padding; it may be wider. Only the last `keep` positions are returned, or all for 0.
+    With `states`, the last hidden states [n, new, width], not logits."""
     past = cache.get_seq_length() if cache else 0
     mask = mask[:, : past + ids.shape[1]]
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]  # padding takes up no position
@@ -433,34 +431,29 @@ def read_prompts(policy, prompt_ids: Tensor, new: int, cfg, states=False) -> tup
     ids, row_of = ids.to(prompt_ids.device), row_of.to(prompt_ids.device)
     cache = DynamicCache()
     if not torch.is_grad_enabled():  # autograd does not support its writes in place
-        cache.layer_class_to_replicate = RoomyLayer  # of which the cache makes one for each layer
+        cache.layer_class_to_replicate = partial(RoomyLayer, prompt_ids.shape[1] + new)
     out = forward(policy, ids, ids >= 0, cfg, cache, states, keep=1)
     cache.reorder_cache(row_of)  # from q rows to n
     # index_select, because the gradient of out[row_of] depends on the order of threads.
     return out.index_select(0, row_of), cache, pad(prompt_ids >= 0, (0, new), value=True)
 
 
-class RoomyLayer(DynamicLayer):
+class RoomyLayer(StaticLayer):
     """KV cache of a layer: keys and values [n, heads, room, width], in use up to `length`. Without
-    room, DynamicLayer copies all for each token: the default run samples 1.14 times as long."""
+    room, a cache copies all for each token: the default run samples 1.14 times as long."""
 
     length = 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if self.length > self.keys.shape[2]:
-            room = (0, 0, 0, key_states.shape[2] + self.length // 4)
-            self.keys, self.values = pad(self.keys, room), pad(self.values, room)
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    def update(self, key_states: Tensor, *args, **kwargs):
+        self.length += key_states.shape[2]
+        keys, values = super().update(key_states, *args, **kwargs)
+        return keys[:, :, : self.length], values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
         return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple:
+        return self.length + query_length, 0
 
 
 def drop_finished(rows: Tensor, ids: Tensor, eos: Tensor, cache: DynamicCache) -> Tensor:
@@ -477,21 +470,18 @@ def predict(policy, prompt_ids: Tensor, ids: Tensor, cfg) -> tuple:
     """logp and entropy of completions ids [n, T] of prompts [n, P], [n, T] each."""
     model = getattr(policy, "module", policy)  # DDP wraps it
     prompt_ids = prompt_ids[:, (prompt_ids >= 0).any(0)]  # without padding that they share
-    new, states = ids.shape[1] - 1, model.plain_head  # see check_policy; nothing follows token T
-
+    new, states = ids.shape[1], model.plain_head  # see check_policy
     # No cache with gradient checkpointing, where layers run twice and would fill it twice, nor with
     # FSDP2, where each of the two calls would gather all weights.
     if cfg.gradient_checkpointing or isinstance(model, FSDPModule):
-        whole = torch.cat([prompt_ids, ids[:, :-1]], dim=1)
+        whole = torch.cat([prompt_ids, ids], dim=1)
         mask = pad(prompt_ids >= 0, (0, new), value=True)
         out = forward(policy, whole, mask, cfg, None, states, keep=new + 1)
     else:
         out, cache, mask = read_prompts(policy, prompt_ids, new, cfg, states)
-        if new > 0:
-            rest = forward(policy, ids[:, :-1], mask, cfg, cache, states)
-            out = torch.cat([out, rest], dim=1)  # the prompt predicts token 0, which predicts 1
+        out = torch.cat([out, forward(policy, ids, mask, cfg, cache, states)], dim=1)
 
-    ids = ids.clamp(min=0)
+    out, ids = out[:, :-1], ids.clamp(min=0)  # a prompt predicts token 0; nothing follows the last
     if states:
         head = model.get_output_embeddings().weight
         flat = out.flatten(0, 1).to(getattr(torch, cfg.dtype))
@@ -624,7 +614,6 @@ def parse_config(words: list[str]) -> Config:
             saved = vars(Config(**saved)) | {"run_dir": ""}  # the folder may have been moved
         defaults = [f"--{name}={value}" for name, value in saved.items()]
     cfg = Config(**vars(parser.parse_args([*defaults, *words])))
-
     for name, hint in get_type_hints(Config, include_extras=True).items():
         value = getattr(cfg, name)
         for least in getattr(hint, "__metadata__", []):  # the second argument of Annotated
@@ -635,7 +624,6 @@ def parse_config(words: list[str]) -> Config:
         for name in fixed[:3] if cfg.eval_only or cfg.ask else fixed:
             if getattr(cfg, name) != saved[name]:
                 refuse(f"--{name} {getattr(cfg, name)}: a run keeps its own; try without --{name}")
-
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     if given.resume and not cfg.eval_only:
         cfg.run_dir = cfg.resume
@@ -661,7 +649,6 @@ def make_accelerator(cfg: Config) -> Accelerator:
     accelerator = Accelerator(  # `forward` has its own mixed precision
         cpu=cfg.device == "cpu", mixed_precision="no", log_with=tracker, fsdp_plugin=fsdp
     )
-
     device, n = accelerator.device.type, accelerator.num_processes
     if cfg.device not in ("auto", device):
         refuse(f"--device {cfg.device}: this machine has {device}; try {device}")
@@ -684,12 +671,10 @@ def set_up(cfg: Config, accelerator, saved: dict) -> tuple:
         if accelerator.is_fsdp2:
             fsdp2_prepare_model(accelerator, reference)
         reference.to(accelerator.device)
-
     if cfg.lora_rank:
         policy = add_adapters(policy, cfg)
     shared = (cfg.lora_rank or cfg.dtype == "float32") and not accelerator.is_fsdp2
     sampler = policy if shared else copy.deepcopy(policy)
-
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, betas=[0.9, 0.95], weight_decay=0.0)
     policy, _ = accelerator.prepare(policy, optimizer)  # its wrapped optimizer would add nothing
     if saved:
@@ -703,7 +688,7 @@ def set_up(cfg: Config, accelerator, saved: dict) -> tuple:
 
 
 @contextmanager
-def reading(option: str, name: str, instead: str = "notebooks/tiny-base"):
+def reading(option: str, name: Path | str, instead: str = "notebooks/tiny-base"):
     """Arguments of from_pretrained for a folder or a hub name. Any error becomes a UsageError."""
     folder = next((f for f in (Path(name), Path(__file__).parent / name) if f.is_dir()), None)
     try:
@@ -756,9 +741,8 @@ def freeze(model, dtype: str):
 
 def add_adapters(policy, cfg):
     """The policy with LoRA (arXiv 2106.09685): alpha / rank · B @ A @ input is added to the output
-    of each linear layer but the head. Only A and B are trained, in float32. Alpha 32, no dropout
-    and the learning rate (in parse_config) are those of "LoRA Without Regret" (Thinking Machines,
-    2025): ten times that of full training, for any rank."""
+    of each linear layer but the head. Only A and B are trained, in float32. Alpha 32, no dropout,
+    ten times the usual learning rate: as in "LoRA Without Regret" (Thinking Machines, 2025)."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -777,7 +761,6 @@ def check_policy(policy) -> None:
     prompt_ids = torch.arange(4).repeat(3, 1)
     prompt_ids[1:, :2] = -1  # a prompt of four tokens, and twice one of two
     ids = torch.arange(9).view(3, 3)
-
     # The plain way, for the last two rows: no padding, no cache, all logits.
     whole = torch.cat([prompt_ids[1:, 2:], ids[1:]], dim=1)
     logits = policy(whole, use_cache=False).logits[:, 1:-1]  # those that predict ids
@@ -814,9 +797,9 @@ def read_checkpoint(run_dir: str) -> tuple:
     path = max(Path(run_dir, "checkpoint").glob("*.pt"), default=None)
     if run_dir == "" or path is None:
         return 0, {}
-    with reading("--resume", run_dir, "another run"):
+    with reading("--resume", path, "another run"):
         if ZipFile(path).testzip():  # torch.save writes checksums, which torch.load ignores
-            raise ValueError(f"{path} is damaged")
+            raise ValueError("it is damaged")
         return int(path.stem), torch.load(path, weights_only=True, map_location="cpu", mmap=True)
 
 
@@ -908,7 +891,6 @@ def main(cfg: Config) -> None:
         if last or step % (cfg.eval_every or cfg.steps) == 0:  # at step 0 too
             metrics, shown = evaluate(sampler, tokenizer, held_out, cfg, accelerator)
             line |= metrics
-
         indices = range(step * cfg.questions_per_step, (step + 1) * cfg.questions_per_step)
         questions = [question_at(i) | {"index": f"train/{i}"} for i in indices]
         # The last rollout only measures the trained policy, with lr 0.
@@ -917,7 +899,6 @@ def main(cfg: Config) -> None:
         with accelerator.split_between_processes(questions) as share:
             metrics, samples = train_step(*models, tokenizer, share, cfg, accelerator)
         clear_device_cache()  # MPS keeps a buffer for each shape that it has met
-
         line |= metrics | {"lr": lr}
         if IS_MAIN:
             some = [{"step": step} | sample for sample in shown[:16] + samples[:4]]
@@ -951,7 +932,6 @@ def run(words: list[str]) -> int:
         known = re.search("memory|OSError|Connection closed", f"{error} {error.__context__!r}")
         if type(error) is RuntimeError and not known:
             raise  # a mistake in this file
-
         out_of_memory = bool(re.search("out of memory|allocate memory", str(error)))
         reason = "out of memory" if out_of_memory else str(error) or "stopped"
         if not isinstance(error, UsageError) and Path(cfg.run_dir, "config.json").exists():

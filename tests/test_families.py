@@ -294,4 +294,4 @@ def test_a_model_that_cannot_mix_precisions_is_refused_in_bfloat16(
     words = f"--model {model} --steps 0 --eval_questions 2 --max_new_tokens 4 --device cpu"
     assert R1ZeroTrain.run([*words.split(), "--run_dir", str(tmp_path / "float32")]) == 0
     line = refusal(f"{words} --dtype bfloat16", tmp_path / "bfloat16", capsys)
-    assert line.startswith(f"R1ZeroTrain.py: --model {model} --dtype bfloat16: cannot be loaded (")
+    assert line.startswith(f"R1ZeroTrain.py: --dtype bfloat16 --model {model}: cannot be loaded (")
