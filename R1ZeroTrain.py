@@ -45,13 +45,13 @@ if __name__ == "__main__" and IS_MAIN:  # the imports below take seconds
     print("loading torch and transformers", flush=True)
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model, gather_object
 from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -638,21 +638,16 @@ def refuse(message: str) -> None:
 
 def make_accelerator(cfg: Config) -> Accelerator:
     """One process or several, by DDP or FSDP2, on CUDA, MPS or the CPU."""
-    fsdp = None
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate launch --use_fsdp
-        wrap = "transformer_based_wrap"
-        fsdp = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy=wrap, cpu_ram_efficient_loading=False
-        )
-        fsdp.mixed_precision_policy = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32)
-    tracker = "wandb" if cfg.wandb else None
-    accelerator = Accelerator(  # `forward` has its own mixed precision
-        cpu=cfg.device == "cpu", mixed_precision="no", log_with=tracker, fsdp_plugin=fsdp
-    )
+    # For accelerate launch --use_fsdp: version 2 of FSDP, which shards layer by layer.
+    os.environ |= {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    tracker, on_cpu = "wandb" if cfg.wandb else None, cfg.device == "cpu"
+    # `forward` has its own mixed precision.
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=tracker)
     device, n = accelerator.device.type, accelerator.num_processes
     if cfg.device not in ("auto", device):
         refuse(f"--device {cfg.device}: this machine has {device}; try {device}")
-    if fsdp and cfg.lora_rank:
+    if accelerator.is_fsdp2 and cfg.lora_rank:
         refuse(f"--lora_rank {cfg.lora_rank}: does not work with FSDP; try 0, or DDP by torchrun")
     if cfg.questions_per_step % n:
         refuse(f"--questions_per_step {cfg.questions_per_step}: {n} processes; try {4 * n}")

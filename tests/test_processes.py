@@ -27,20 +27,20 @@ from transformers import AutoConfig, LlamaConfig
 import R1ZeroTrain
 from R1ZeroTrain import load_policy, read_checkpoint
 
-# The processes have different numbers of micro-batches, and completions of a single token take one call of the model
-# instead of two: DDP would hang without broadcast_buffers=False. 3 questions are evaluated by 2 processes.
+# Without microbatches' care, the processes would have different numbers of micro-batches, and hang. 3 questions are
+# evaluated by 2 processes.
 OPTIONS = (
     "--steps 4 --questions_per_step 4 --group_size 4 --max_new_tokens 12 --device cpu --lr 0.003 --loss dapo "
     "--tokens_per_microbatch 38 --updates_per_rollout 2 --eval_questions 3 --save_every 2 --kl_beta 0.1"
 )
 
 
-def on_fsdp(cpu: bool, fsdp_plugin: object, **options: object) -> Accelerator:
+def on_fsdp(cpu: bool, **options: object) -> Accelerator:
     """Accelerate gives processes on CPUs DDP, whatever is asked for. If it is told that they are on XPUs, after they
     have met by gloo, it gives them FSDP2 as on GPUs."""
     PartialState(cpu=cpu)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-    accelerator = Accelerator(fsdp_plugin=fsdp_plugin, **options)
+    accelerator = Accelerator(**options)
     assert accelerator.is_fsdp2 and accelerator.device.type == "cpu"
     return accelerator
 
@@ -54,7 +54,7 @@ def use(dtype: torch.dtype) -> None:
 def prepare(fsdp: bool, dtype: torch.dtype = torch.float64, stop_at: int = 0) -> None:
     """FSDP2 in place of DDP, float64 in place of float32, completions of 1 to 12 tokens, Ctrl-C in train_step."""
     if fsdp:  # as accelerate launch sets them
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
         R1ZeroTrain.Accelerator = on_fsdp
     float32 = torch.float32
     use(dtype)
