@@ -44,14 +44,13 @@ if __name__ == "__main__" and IS_MAIN:  # the imports below take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C exits without a traceback
     print("loading torch and transformers", flush=True)
 
+import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import fsdp2_prepare_model, gather_object
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -61,7 +60,7 @@ from transformers.cache_utils import DynamicCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
-from prompts import TASKS, UsageError, encode, load_questions, render_prompt
+from prompts import TASKS, UsageError, encode, load_questions, render_prompt, uses_chat_template
 from rewards import eval_metrics, extract_answer, format_reward, step_means
 
 Count = Annotated[int, 1]  # an integer of at least 1; parse_config checks it
@@ -73,8 +72,7 @@ Float = Annotated[float, 0.0]
 class Config:
     """The options of the command line. The comment beside each is also its --help text."""
 
-    recipe: Literal["tiny", "tinyzero", "gsm8k", "mac", "deepscaler"] = "tiny"  # a set of defaults
-
+    recipe: Literal["tiny", "tinyzero", "gsm8k", "7b", "mac", "deepscaler"] = "tiny"  # defaults
     # The policy and its questions
     model: str = "notebooks/tiny-base"  # initial policy: a model folder or a hub name
     task: str = "countdown"  # kind of question and its reward: countdown, gsm8k, math or your own
@@ -99,7 +97,7 @@ class Config:
     advantage_scale: Literal["group", "none"] = "group"  # divide by the group's std, or by nothing
     updates_per_rollout: Count = 1  # mu: optimizer steps on each rollout
     max_grad_norm: Annotated[float, 0.001] = 1.0  # a larger gradient is scaled down to this norm
-    tokens_per_microbatch: Count = 8192  # tokens of a forward pass in training: bounds memory
+    tokens_per_microbatch: Count = 4096  # tokens of a forward pass in training: bounds memory
     gradient_checkpointing: bool = False  # recompute activations: less memory, slower
     lora_rank: CountOrZero = 0  # train LoRA adapters of this rank; 0: train all weights
     # Evaluation
@@ -120,7 +118,7 @@ class Config:
 
 # ==== Part 1. The algorithm =======================================================================
 def train_step(
-    policy, reference, sampler, optimizer, tokenizer, questions: list[dict], cfg, accelerator
+    policy, reference, sampler, optimizer, tokenizer, questions: list, cfg, accelerator
 ) -> tuple:
     """A rollout and the update on it. Returns (metrics, samples).
 
@@ -154,10 +152,10 @@ class Rollout:
     lengths: Tensor  # [N], tokens of each completion, EOS included
     truncated: Tensor  # [N], True where a completion has T tokens and no EOS
     logp_sampled: Tensor  # [N, T], log-probability of each token when it was sampled
-    text: list[str]  # N completions as they are scored, with <think>, in which each prompt ends
+    text: list  # N completions as they are scored, with <think>, in which each prompt ends
 
 
-def generate(policy, tokenizer, questions: list[dict], group_size: int, cfg) -> Rollout:
+def generate(policy, tokenizer, questions: list, group_size: int, cfg) -> Rollout:
     """Samples `group_size` completions of each question from softmax(logits / cfg.temperature).
 
     A question is a dict of its text ("question"), a unique key that seeds its random numbers
@@ -184,9 +182,8 @@ def generate(policy, tokenizer, questions: list[dict], group_size: int, cfg) -> 
     eos_before = is_eos.cumsum(1) - is_eos.long()  # how many EOS precede each token
     ids = ids.masked_fill(eos_before > 0, -1)
     lengths, truncated = (ids >= 0).sum(1), ~is_eos.any(1)
-
-    kept = (ids >= 0) & ~is_eos
-    text = ["<think>" + tokenizer.decode(row[keep]) for row, keep in zip(ids, kept)]
+    spoken = [row[(row >= 0) & ~end] for row, end in zip(ids, is_eos)]
+    text = ["<think>" + tokenizer.decode(row) for row in spoken]
     return Rollout(prompt_ids, ids, lengths, truncated, logp_sampled, text)
 
 
@@ -218,20 +215,19 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple:
     By inverse CDF: it is the first token whose cumulative probability exceeds the random number."""
     probabilities = torch.softmax(logits / temperature, dim=-1)  # [n, V]
     cdf = probabilities.cumsum(-1)
-    # Rounding can leave cdf[-1] below 1. With right=True, the random number 0.0 cannot select a
-    # token of probability 0.
+    # Rounding can leave cdf[-1] below 1. With right=True, 0.0 selects no token of probability 0.
     token = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
     token = token.clamp(max=cdf.shape[1] - 1)
     return token[:, 0], probabilities.gather(1, token)[:, 0].log()
 
 
-def seeded(*key: object) -> torch.Generator:
+def seeded(*key: object):
     """A generator that depends on `key` only, so that no random state has to be saved."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).hexdigest()  # hash() varies by run
     return torch.Generator().manual_seed(int(digest[:15], 16))
 
 
-def score(rollout: Rollout, questions: list[dict], cfg) -> list[dict]:
+def score(rollout: Rollout, questions: list, cfg) -> list:
     """N samples: each completion with its question, its reward (r_i) and the parts of it."""
     group_size = len(rollout.text) // len(questions)
     samples = []
@@ -301,7 +297,7 @@ def grpo_loss(
     clip_low: float,
     clip_high: float,
     kl_beta: float,
-) -> tuple[Tensor, dict]:
+) -> tuple:
     """Equation 1, negated: (loss, metrics).
 
     logp, logp_old, logp_ref, mask are [N, T]; advantages, weights are [N]; logp_ref is None when
@@ -373,7 +369,7 @@ def update(
 
 
 # ==== Part 2. Evaluation ==========================================================================
-def evaluate(policy, tokenizer, held_out: list[dict], cfg, accelerator) -> tuple:
+def evaluate(policy, tokenizer, held_out: list, cfg, accelerator) -> tuple:
     """Samples K = cfg.eval_samples completions a held-out question: (metrics, first one of each).
 
     All evaluations use the same random numbers, so that only the weights make a difference."""
@@ -396,14 +392,14 @@ def ask(policy, tokenizer, question: dict, cfg) -> None:
 
 
 # ==== Part 3. Speed ===============================================================================
-# Each function computes what a straightforward version would, faster or in less memory. Timings are
-# of the default run, or of a model (narrow, wide) in tests/benchmark.py, on 2 CPU cores.
+# The same numbers, faster or in less memory. Timings are of the default run, or of the models
+# narrow and wide in tests/benchmark.py, on 2 CPU cores.
 LOGITS_AT_ONCE = 2**21  # 8 MB: they fit into the cache of a CPU
 
 
 def forward(model, ids: Tensor, mask: Tensor, cfg, cache=None, states=False, keep=0) -> Tensor:
-    """Logits [n, new, V] at ids [n, new], which follow what is in the cache. mask [n, past + new] is
-    False on padding; it may be wider. Only the last `keep` positions are returned, or all for 0.
+    """Logits [n, new, V] at ids [n, new], which follow what is in the cache. mask [n, past + new]
+    is False on padding; it may be wider. Only the last `keep` positions are returned, or all for 0.
     With `states`, the last hidden states [n, new, width], not logits."""
     past = cache.get_seq_length() if cache else 0
     mask = mask[:, : past + ids.shape[1]]
@@ -424,7 +420,6 @@ def forward(model, ids: Tensor, mask: Tensor, cfg, cache=None, states=False, kee
 def read_prompts(policy, prompt_ids: Tensor, new: int, cfg, states=False) -> tuple:
     """Runs prompts [n, P]. Returns the logits [n, 1, V] at their last tokens, or with `states` the
     states [n, 1, width], the cache, and a mask [n, P + new] with room for completions.
-
     Equal prompts run once, and their cache is copied: a step of `narrow` takes 3.7 s, not 5.0."""
     # prompt_ids is ids[row_of]. On the CPU, because MPS has no unique(dim=0).
     ids, row_of = prompt_ids.cpu().unique(dim=0, return_inverse=True)  # [q, P], [n]
@@ -471,16 +466,13 @@ def predict(policy, prompt_ids: Tensor, ids: Tensor, cfg) -> tuple:
     model = getattr(policy, "module", policy)  # DDP wraps it
     prompt_ids = prompt_ids[:, (prompt_ids >= 0).any(0)]  # without padding that they share
     new, states = ids.shape[1], model.plain_head  # see check_policy
-    # No cache with gradient checkpointing, where layers run twice and would fill it twice, nor with
-    # FSDP2, where each of the two calls would gather all weights.
-    if cfg.gradient_checkpointing or isinstance(model, FSDPModule):
+    if cfg.gradient_checkpointing:  # no cache: layers run twice, and would fill it twice
         whole = torch.cat([prompt_ids, ids], dim=1)
         mask = pad(prompt_ids >= 0, (0, new), value=True)
         out = forward(policy, whole, mask, cfg, None, states, keep=new + 1)
     else:
         out, cache, mask = read_prompts(policy, prompt_ids, new, cfg, states)
         out = torch.cat([out, forward(policy, ids, mask, cfg, cache, states)], dim=1)
-
     out, ids = out[:, :-1], ids.clamp(min=0)  # a prompt predicts token 0; nothing follows the last
     if states:
         head = model.get_output_embeddings().weight
@@ -507,7 +499,6 @@ def pieces(states: Tensor, head: Tensor, ids: Tensor, cfg):
 
 class HeadLogprobs(torch.autograd.Function):
     """states [n, width], head [V, width], ids [n] -> (logp, entropy), [n] each.
-
     Logits [n, V] would take most of an update's memory, so they are computed for a piece of the
     vocabulary at a time, and again in the backward pass. A step of `wide`, whose vocabulary is
     151,936, takes 8.7 s and 2.5 GB, not 23 s and 8.3 GB."""
@@ -546,7 +537,7 @@ class HeadLogprobs(torch.autograd.Function):
         return grad_states, grad_head, None, None
 
 
-def microbatches(rollout: Rollout, tokens: int) -> list[Tensor]:
+def microbatches(rollout: Rollout, tokens: int) -> list:
     """The rows in micro-batches of at most `tokens` tokens, or of one row, with rows of similar
     length together. Each process makes the same number: one would wait for another otherwise."""
     rows, batches = rollout.lengths.argsort(descending=True, stable=True), []
@@ -566,35 +557,30 @@ def refresh(other, policy, dtype: str) -> None:
     """Copies the policy's weights to another model, in `dtype`, except those that they share."""
     for weight, trained in zip(other.parameters(), policy.parameters()):
         if weight is not trained:
-            cast = trained.detach().to(getattr(torch, dtype), copy=True)
-            # FSDP2 shards weights: all processes gather them here.
-            weight.data = cast.full_tensor() if hasattr(cast, "full_tensor") else cast
+            weight.data = trained.detach().to(getattr(torch, dtype), copy=True)
 
 
 # ==== Part 4. The run =============================================================================
-ENDINGS = UsageError, KeyboardInterrupt, RuntimeError, OSError, SafetensorError
-# A checkpoint: whole, on the CPU, without frozen weights, in which it may differ from the model.
-WHOLE = StateDictOptions(True, True, ignore_frozen_params=True, strict=False)
+LOGS = "metrics.jsonl", "completions.jsonl"
+# If an option appears twice in a recipe, the last one counts. With LoRA, lr is taken ten times.
 LARGE = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50 "
-LARGE += "--group_size 8 --rollout_rows 64 "  # if an option appears twice, the last one counts
+LARGE += "--group_size 8 --rollout_rows 64 --steps 500 --questions_per_step 8 "
+GSM8K = LARGE + "--task gsm8k --lora_rank 16 --max_new_tokens 512 --eval_questions 256 "
 RECIPES = {
     "tiny": "",
-    "tinyzero": LARGE + "--model Qwen/Qwen2.5-3B --dataset Jiayi-Pan/Countdown-Tasks-3to4 "
-    "--template base --steps 1000 --questions_per_step 64 --max_new_tokens 1024 "
-    "--eval_questions 1024",
-    "gsm8k": LARGE + "--model Qwen/Qwen2.5-1.5B-Instruct --task gsm8k --steps 500 "
-    "--questions_per_step 8 --max_new_tokens 512 --eval_questions 256",
-    "mac": LARGE + "--model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --steps 300 --dtype float32 "
-    "--questions_per_step 4 --max_new_tokens 300 --rollout_rows 32 --tokens_per_microbatch 512 "
-    "--eval_questions 128",
-    "deepscaler": LARGE + "--model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --task math "
-    "--steps 1040 --temperature 0.6 --questions_per_step 128 --max_new_tokens 8192 "
-    "--rollout_rows 16 --tokens_per_microbatch 8192 --eval_dataset HuggingFaceH4/aime_2024 "
-    "--eval_samples 16",
+    "tinyzero": LARGE + "--model Qwen/Qwen2.5-3B --dataset Jiayi-Pan/Countdown-Tasks-3to4 --steps "
+    "1000 --template base --questions_per_step 64 --max_new_tokens 1024 --eval_questions 1024",
+    "gsm8k": GSM8K + "--model Qwen/Qwen2.5-1.5B-Instruct",
+    "7b": GSM8K + "--model Qwen/Qwen2.5-7B-Instruct --gradient_checkpointing true",
+    "mac": GSM8K + "--model Qwen/Qwen2.5-0.5B-Instruct --dtype float32 --tokens_per_microbatch 512 "
+    "--steps 300 --questions_per_step 4 --max_new_tokens 300 --rollout_rows 32",
+    "deepscaler": LARGE + "--model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --task math --steps "
+    "1040 --temperature 0.6 --questions_per_step 128 --max_new_tokens 8192 --rollout_rows 16 "
+    "--tokens_per_microbatch 8192 --eval_dataset HuggingFaceH4/aime_2024 --eval_samples 16",
 }
 
 
-def parse_config(words: list[str]) -> Config:
+def parse_config(words: list) -> Config:
     """Command line -> Config. `words` override recipe and resumed run. Raises UsageError."""
     source = Path(__file__).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
@@ -603,11 +589,10 @@ def parse_config(words: list[str]) -> Config:
         option.metadata = {"help": comments[option.name], "metavar": metavar}
     parser = HfArgumentParser(Config, allow_abbrev=False)
     parser.error = lambda message: refuse(f"{message}; try --help")
-
     given = parser.parse_args(words)  # of which --recipe and --resume stand for other options
     defaults = RECIPES[given.recipe].split()
     if parser.parse_args([*defaults, *words]).lora_rank:  # see add_adapters
-        defaults += ["--lr", str(10 * parser.parse_args(defaults).lr)]
+        defaults += ["--lr", f"{10 * parser.parse_args(defaults).lr:g}"]
     if given.resume:
         with reading("--resume", given.resume, "a folder in runs/"):
             saved = json.loads(Path(given.resume, "config.json").read_text())
@@ -620,8 +605,8 @@ def parse_config(words: list[str]) -> Config:
             if not least <= value <= 1e18:
                 refuse(f"--{name} {value}: not in {least} to 1e18; try {getattr(Config, name)}")
     if given.resume:
-        fixed = ["recipe", "model", "lora_rank", "task", "seed", "run_dir"]
-        for name in fixed[:3] if cfg.eval_only or cfg.ask else fixed:
+        fixed = "" if cfg.eval_only or cfg.ask else " task seed run_dir"
+        for name in f"recipe model lora_rank{fixed}".split():
             if getattr(cfg, name) != saved[name]:
                 refuse(f"--{name} {getattr(cfg, name)}: a run keeps its own; try without --{name}")
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -636,22 +621,57 @@ def refuse(message: str) -> None:
     raise UsageError(message)
 
 
-def make_accelerator(cfg: Config) -> Accelerator:
-    """One process or several, by DDP or FSDP2, on CUDA, MPS or the CPU."""
-    # For accelerate launch --use_fsdp: version 2 of FSDP, which shards layer by layer.
-    os.environ |= {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    tracker, on_cpu = "wandb" if cfg.wandb else None, cfg.device == "cpu"
-    # `forward` has its own mixed precision.
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=tracker)
+def make_accelerator(cfg: Config):
+    """One process or several, by DDP, on CUDA, MPS or the CPU."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        refuse("--use_fsdp: each process holds the whole model; try without it, and --lora_rank 16")
+    tracker = "wandb" if cfg.wandb else None  # below, "no": `forward` has its own mixed precision
+    accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision="no", log_with=tracker)
     device, n = accelerator.device.type, accelerator.num_processes
     if cfg.device not in ("auto", device):
         refuse(f"--device {cfg.device}: this machine has {device}; try {device}")
-    if accelerator.is_fsdp2 and cfg.lora_rank:
-        refuse(f"--lora_rank {cfg.lora_rank}: does not work with FSDP; try 0, or DDP by torchrun")
     if cfg.questions_per_step % n:
         refuse(f"--questions_per_step {cfg.questions_per_step}: {n} processes; try {4 * n}")
     return accelerator
+
+
+def memory_plan(config, cfg, prompt_tokens: int) -> dict:
+    """GB that a run takes on its device, estimated from the shape of the model. Of each token,
+    autograd keeps what layers read and write, with gradient checkpointing a twelfth. Prompts count
+    for each row that shares them, which makes up for temporary tensors, as 14 not 12 in Adam do."""
+    with torch.device("meta"):  # shapes without weights
+        model = AutoModelForCausalLM.from_config(config)
+    weights, size = model.num_parameters() / 1e9, 2 if cfg.dtype == "bfloat16" else 4
+    layers = {name: w.shape for name, w in model.named_parameters() if re.search(r"\.\d+\.", name)}
+    linear = sum(map(sum, layers.values())) / 1e9
+    kv = sum(layers[name][0] for name in layers if re.search("[kv]_proj.weight", name)) / 1e9
+    trained, copied = cfg.lora_rank * linear or weights, 0 if cfg.lora_rank else weights * size
+    rows = min(cfg.rollout_rows, cfg.questions_per_step * cfg.group_size)
+    kept = (linear + 2 * kv) / 12**cfg.gradient_checkpointing
+    return {
+        "weights": 4 * trained + weights * size - copied,
+        "gradients and Adam": 14 * trained,
+        "reference": copied * (cfg.kl_beta > 0),
+        "sampler": copied * (size == 2),
+        "KV cache": rows * (prompt_tokens + cfg.max_new_tokens) * kv * size,
+        "micro-batch": cfg.tokens_per_microbatch * kept * (3 + size / 4),
+    }
+
+
+def announce(cfg, device, tokenizer, held_out: list) -> None:
+    """Prints what the run will do, and the memory that it will take."""
+    with reading("--model", cfg.model) as files:
+        prompt = render_prompt(tokenizer, held_out[0]["question"], cfg.template)
+        length = len(tokenizer.tokenize(prompt))
+        plan = memory_plan(AutoConfig.from_pretrained(**files), cfg, length)
+    total, cpu = sum(plan.values()), psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else cpu
+    template = "chat" if uses_chat_template(tokenizer, cfg.template) else "base"
+    print(f"{cfg.task}: {len(held_out)} held-out questions, {template} template")
+    print(f"{cfg.model} in {cfg.dtype} on {device}, into {cfg.run_dir}/")
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in plan.items())
+    hint = "; try --lora_rank 16 --gradient_checkpointing --tokens_per_microbatch 1024"
+    print(f"memory: {total:.2f} GB of {free / 1e9:.2f} ({parts}){hint * (1e9 * total > free)}")
 
 
 def set_up(cfg: Config, accelerator, saved: dict) -> tuple:
@@ -659,22 +679,23 @@ def set_up(cfg: Config, accelerator, saved: dict) -> tuple:
     policy = load_policy(cfg.model, cfg.gradient_checkpointing)
     if cfg.lora_rank:
         freeze(policy, cfg.dtype)
+    policy.to(accelerator.device)
     reference = None
     if cfg.kl_beta > 0:  # what is frozen is not copied: deepcopy finds it in its memo
         memo = {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}
         reference = freeze(copy.deepcopy(policy, memo), cfg.dtype)
-        if accelerator.is_fsdp2:
-            fsdp2_prepare_model(accelerator, reference)
-        reference.to(accelerator.device)
     if cfg.lora_rank:
         policy = add_adapters(policy, cfg)
-    shared = (cfg.lora_rank or cfg.dtype == "float32") and not accelerator.is_fsdp2
+    shared = cfg.lora_rank or cfg.dtype == "float32"
     sampler = policy if shared else copy.deepcopy(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, betas=[0.9, 0.95], weight_decay=0.0)
-    policy, _ = accelerator.prepare(policy, optimizer)  # its wrapped optimizer would add nothing
+    policy = accelerator.prepare(policy)
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, cfg.lr, betas=[0.9, 0.95], weight_decay=0.0)
     if saved:
-        set_state_dict(policy, optimizer, **saved, options=WHOLE)
-    refresh(sampler.to(accelerator.device), policy, cfg.dtype)
+        for weight, value in zip(trained, saved["weights"]):
+            weight.data.copy_(value)
+        optimizer.load_state_dict(saved["optimizer"])
+    refresh(sampler, policy, cfg.dtype)
     probe = torch.zeros(1, 1, dtype=torch.long, device=accelerator.device)
     with reading(f"--dtype {cfg.dtype} --model", cfg.model), torch.no_grad():
         for model in (policy, sampler):  # not all layers can mix precisions
@@ -683,11 +704,12 @@ def set_up(cfg: Config, accelerator, saved: dict) -> tuple:
 
 
 @contextmanager
-def reading(option: str, name: Path | str, instead: str = "notebooks/tiny-base"):
+def reading(option: str, name, instead: str = "notebooks/tiny-base"):
     """Arguments of from_pretrained for a folder or a hub name. Any error becomes a UsageError."""
-    folder = next((f for f in (Path(name), Path(__file__).parent / name) if f.is_dir()), None)
+    here = Path(__file__).parent / name
     try:
-        yield {"pretrained_model_name_or_path": folder or name, "trust_remote_code": False}
+        path = here if here.is_dir() else name
+        yield {"pretrained_model_name_or_path": path, "trust_remote_code": False}
     except Exception as error:  # each library raises its own kinds for damaged files
         refuse(f"{option} {name}: cannot be loaded ({str(error)[:300]}); try {instead}")
 
@@ -697,10 +719,10 @@ def load_tokenizer(model: str):
     with reading("--model", model) as files:
         tokenizer = AutoTokenizer.from_pretrained(**files)
         config = AutoConfig.from_pretrained(**files).get_text_config()
-    tokenizer.model_max_length = getattr(config, "max_position_embeddings", 2**20)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond this it would have to rotate the cache anew
-        tokenizer.model_max_length = rope["original_max_position_embeddings"]
+    longest = getattr(
+        config, "original_max_position_embeddings", None
+    )  # beyond, Phi-3's RoPE turns
+    tokenizer.model_max_length = longest or getattr(config, "max_position_embeddings", 2**20)
     return tokenizer
 
 
@@ -742,7 +764,6 @@ def add_adapters(policy, cfg):
         from peft import LoraConfig, get_peft_model
     except ImportError:
         refuse(f"--lora_rank {cfg.lora_rank}: needs peft; try uv run --extra lora R1ZeroTrain.py")
-
     torch.manual_seed(cfg.seed)  # A starts at random, B at 0: the policy is still the reference
     lora = LoraConfig(r=cfg.lora_rank, lora_alpha=32, target_modules="all-linear")
     return get_peft_model(policy, lora)
@@ -756,30 +777,24 @@ def check_policy(policy) -> None:
     prompt_ids = torch.arange(4).repeat(3, 1)
     prompt_ids[1:, :2] = -1  # a prompt of four tokens, and twice one of two
     ids = torch.arange(9).view(3, 3)
-    # The plain way, for the last two rows: no padding, no cache, all logits.
-    whole = torch.cat([prompt_ids[1:, 2:], ids[1:]], dim=1)
+    whole = torch.cat([prompt_ids[1:, 2:], ids[1:]], dim=1)  # the last two rows, the plain way
     logits = policy(whole, use_cache=False).logits[:, 1:-1]  # those that predict ids
     expected = logits.log_softmax(-1).gather(2, ids[1:, :, None])[..., 0]
-
     no_bias = getattr(policy.get_output_embeddings(), "bias", None) is None
     for policy.plain_head in (no_bias, False):  # try the faster way first
         with suppress(IndexError, RuntimeError, AttributeError):  # from a cache of another kind
             logp, _ = predict(policy, prompt_ids, ids, Config())
             if torch.allclose(logp[1:], expected, rtol=0, atol=0.01):
                 return
-    kind = policy.config.model_type
-    raise ValueError(f"a {kind} model gives other probabilities with padding and a cache")
+    raise ValueError("it gives other probabilities with padding and a cache")
 
 
-def save_checkpoint(run_dir: Path, step: int, policy, optimizer) -> None:
+def save_checkpoint(run_dir: Path, step: int, optimizer) -> None:
     """Writes checkpoint/<step>.pt, the state after `step` steps, and then deletes the one before:
     one of them is complete at any instant."""
-    weights, adam = get_state_dict(policy, optimizer, options=WHOLE)
-    if not IS_MAIN:
-        return
-    new = run_dir / "checkpoint/new"
+    trained, new = optimizer.param_groups[0]["params"], run_dir / "checkpoint/new"
     with new.open("wb") as file:
-        torch.save({"model_state_dict": weights, "optim_state_dict": adam}, file)
+        torch.save({"weights": trained, "optimizer": optimizer.state_dict()}, file)
         file.flush()
         os.fsync(file.fileno())
     saved = new.rename(new.with_name(f"{step:08}.pt"))
@@ -805,22 +820,17 @@ def open_run_dir(cfg: Config, start: int) -> None:
     new = run_dir / "config.json.new"  # renamed, so that config.json is complete at any instant
     new.write_text(json.dumps(vars(cfg), indent=1))
     new.rename(run_dir / "config.json")
-    for name in ("metrics.jsonl", "completions.jsonl"):
+    for name in LOGS:
         with reading("--resume", run_dir / name, "without its bad lines"):
             file = (run_dir / name).open("a+")
             file.seek(0)
-            # A line without an end was cut off by a kill.
             kept = [x for x in file if x.endswith("\n") and json.loads(x)["step"] < start]
-            file.truncate(sum(map(len, kept)))  # a character is a byte: json.dumps writes ASCII
+            file.truncate(sum(map(len, kept)))  # without a line that a kill cut off; all is ASCII
 
 
-def write_log(path: Path, lines: list[dict]) -> None:
+def write_log(path: Path, lines: list) -> None:
     with path.open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def read_log(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def print_table(*lines: dict) -> None:
@@ -828,7 +838,7 @@ def print_table(*lines: dict) -> None:
     for name in lines[-1]:
         if name.endswith("_interval"):
             mean = name.removesuffix("_interval")
-            cells = [f"{x[mean]:.3f} ({x[name][0]:.3f} to {x[name][1]:.3f})" for x in lines]
+            cells = ("{:8.3f} ({:.3f} to {:.3f})".format(x[mean], *x[name]) for x in lines)
             print(f"{mean:16}", *(f"{cell:>28}" for cell in cells))
 
 
@@ -839,10 +849,11 @@ def printable(text: str) -> str:
 
 def report(run_dir: Path, cfg) -> None:
     """Prints the evaluations before and after, a question that was learned, and what to do next."""
-    lines = read_log(run_dir / "metrics.jsonl")
+    texts = [(run_dir / name).read_text() for name in LOGS]
+    lines, samples = [list(map(json.loads, text.splitlines())) for text in texts]
     print(f"{'held-out':16}{'before':>29}{'after':>29}")
     print_table(lines[0], lines[-1])
-    samples = [s for s in read_log(run_dir / "completions.jsonl") if "advantage" not in s]
+    samples = [s for s in samples if "advantage" not in s]  # those of evaluations
     before, after = ([s for s in samples if s["step"] == x["step"]] for x in (lines[0], lines[-1]))
     old, new = max(zip(before, after), key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
     print(printable(f"\n{old['question']}\n\nbefore: {old['text']}\n\nafter: {new['text']}\n"))
@@ -856,32 +867,29 @@ def main(cfg: Config) -> None:
     accelerator = make_accelerator(cfg)
     start, saved = read_checkpoint(cfg.resume)
     tokenizer = load_tokenizer(cfg.model)
-    # question_at(i) is question i of the run. held_out are those to evaluate, or the one to --ask.
     question_at, held_out = load_questions(tokenizer=tokenizer, say=accelerator.print, **vars(cfg))
+    if IS_MAIN and not cfg.ask:  # or else held_out is the question to ask
+        announce(cfg, accelerator.device, tokenizer, held_out)
     models = set_up(cfg, accelerator, saved)
     policy, _, sampler, optimizer = models
     if cfg.ask:
         return ask(sampler, tokenizer, held_out[0] | {"index": "ask"}, cfg)
-
     run_dir = Path(cfg.run_dir)
     if IS_MAIN:
         open_run_dir(cfg, start)
-    accelerator.print(f"{cfg.task} with {cfg.model} on {accelerator.device}, into {run_dir}/")
     if cfg.eval_only:
         metrics, _ = evaluate(sampler, tokenizer, held_out, cfg, accelerator)
         if IS_MAIN:
             write_log(run_dir / "metrics.jsonl", [{"step": start} | metrics])
             print_table(metrics)
         return
-    wandb = {"dir": run_dir, "mode": os.environ.get("WANDB_MODE", "offline")}
-    accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": wandb})
-
+    os.environ.setdefault("WANDB_MODE", "offline")
+    accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": {"dir": run_dir}})
     # Line s of the log describes the policy after s updates, so there is one more line than steps.
     for step in (bar := tqdm(range(start, cfg.steps + 1), "step", disable=not IS_MAIN)):
         last = step == cfg.steps
-        if step > start and (last or step % (cfg.save_every or cfg.steps) == 0):
-            save_checkpoint(run_dir, step, policy, optimizer)
-
+        if IS_MAIN and step > start and (last or step % (cfg.save_every or cfg.steps) == 0):
+            save_checkpoint(run_dir, step, optimizer)
         line, shown = {"step": step}, []
         if last or step % (cfg.eval_every or cfg.steps) == 0:  # at step 0 too
             metrics, shown = evaluate(sampler, tokenizer, held_out, cfg, accelerator)
@@ -901,8 +909,7 @@ def main(cfg: Config) -> None:
             write_log(run_dir / "completions.jsonl", some)
         accelerator.log(line, step)
         bar.set_postfix(reward=f"{line['reward']:.2f}", length=f"{line['length']:.0f}")
-
-    refresh(sampler, policy, "float32")  # which gathers the weights that FSDP2 shards
+    refresh(sampler, policy, "float32")
     if IS_MAIN:
         if cfg.lora_rank:  # adds the adapters to the weights
             sampler = freeze(sampler.cpu(), "float32").merge_and_unload()
@@ -913,7 +920,7 @@ def main(cfg: Config) -> None:
     accelerator.end_training()
 
 
-def run(words: list[str]) -> int:
+def run(words: list) -> int:
     """The command line. Returns the exit code. Whatever ends a run early is one line on stderr."""
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.default_int_handler)  # raises KeyboardInterrupt
@@ -922,18 +929,18 @@ def run(words: list[str]) -> int:
         cfg = parse_config(words)
         main(cfg)
         return 0
-    except ENDINGS as error:
+    except (UsageError, KeyboardInterrupt, RuntimeError, OSError, SafetensorError) as error:
         # With a full disk, torch.save raises RuntimeError. Another process that ends says why.
         known = re.search("memory|OSError|Connection closed", f"{error} {error.__context__!r}")
         if type(error) is RuntimeError and not known:
             raise  # a mistake in this file
-        out_of_memory = bool(re.search("out of memory|allocate memory", str(error)))
+        out_of_memory = re.search("out of memory|allocate memory", str(error))
         reason = "out of memory" if out_of_memory else str(error) or "stopped"
         if not isinstance(error, UsageError) and Path(cfg.run_dir, "config.json").exists():
             reason += f"; to continue: uv run R1ZeroTrain.py --resume {cfg.run_dir}"
             if out_of_memory:  # results do not depend on these
-                reason += f" --tokens_per_microbatch {1 + cfg.tokens_per_microbatch // 2}"
-                reason += f" --rollout_rows {1 + cfg.rollout_rows // 2}"
+                reason += f" --tokens_per_microbatch {cfg.tokens_per_microbatch // 2}"
+                reason += f" --rollout_rows {cfg.rollout_rows // 2}"
         if IS_MAIN or out_of_memory:  # any process may run out of memory
             print("R1ZeroTrain.py:", printable(" ".join(reason.split())), file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2

@@ -235,7 +235,7 @@ def test_any_files_of_a_run(fuzz: Callable[..., None], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     good = vars(Config())
     open_run_dir(Config(run_dir=str(run_dir)), 0)
-    save_checkpoint(run_dir, 9, policy, torch.optim.AdamW(policy.parameters()))
+    save_checkpoint(run_dir, 9, torch.optim.AdamW(policy.parameters()))
     for name in ("metrics.jsonl", "completions.jsonl"):
         (run_dir / name).write_text("".join(json.dumps({"step": i}) + "\n" for i in range(12)))
     backup = shutil.copytree(run_dir, tmp_path / "backup")

@@ -82,8 +82,8 @@ def test_all_linear_layers_but_the_head_are_adapted(words: list) -> None:
 def test_what_a_run_leaves(words: list, finished: Path) -> None:
     lines = read_lines(finished)
     assert lines[0]["kl"] == 0 and lines[0]["grad_norm"] > 0 and lines[-1]["kl"] > 1e-4
-    weights = read_checkpoint(str(finished))[1]["model_state_dict"]
-    assert weights and all("lora_" in name for name in weights)
+    weights = read_checkpoint(str(finished))[1]["weights"]
+    assert weights and all(4 in weight.shape for weight in weights), "adapters of rank 4 alone"
 
     # The base has not changed by a bit, and model/ answers as the base with its adapters.
     base = load_policy(words[words.index("--model") + 1])
@@ -139,14 +139,16 @@ def test_a_run_that_is_ended_ends_as_if_it_had_not_been(
 def test_two_processes_train_as_one_does(tiny_llama: Path, tmp_path: Path) -> None:
     words = [*PROCESSES.split(), "--model", tiny_llama, "--lora_rank", 2, "--run_dir"]
     for number, name in ((1, "one"), (2, "two")):
-        launch([*words, tmp_path / name], tmp_path / "out", number, partial(prepare, False))
+        launch([*words, tmp_path / name], tmp_path / "out", number, prepare)
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
-def test_fsdp_is_refused_in_a_line(words: list, tmp_path: Path) -> None:
-    words = [*words, "--run_dir", tmp_path / "run"]
-    said = launch(words, tmp_path / "out", 2, partial(prepare, True), 2)
-    assert "--lora_rank 4: does not work with FSDP; try" in said[0] and "Traceback" not in said[0]
+def test_fsdp_is_refused_in_a_line(
+    words: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch --use_fsdp sets it
+    assert run([*words, "--run_dir", str(tmp_path / "run")]) == 2
+    assert "--use_fsdp: each process holds the whole model; try" in capsys.readouterr().err
 
 
 def test_bfloat16_and_gradient_checkpointing(words: list, tmp_path: Path) -> None:
@@ -160,7 +162,11 @@ def test_bfloat16_and_gradient_checkpointing(words: list, tmp_path: Path) -> Non
 
 def test_the_learning_rate_is_ten_times_that_of_the_recipe() -> None:
     rates = {"": 4e-4, "--lora_rank 8": 4e-3, "--lora_rank 8 --lr 1e-3": 1e-3}
-    rates |= {"--recipe gsm8k --lora_rank 16": 1e-5, "--recipe gsm8k": 1e-6}
+    rates |= {
+        "--recipe gsm8k": 1e-5,
+        "--recipe gsm8k --lora_rank 0": 1e-6,
+        "--recipe gsm8k --lr 2e-6": 2e-6,
+    }
     for options, lr in rates.items():
         assert parse_config(options.split()).lr == pytest.approx(lr), options
 

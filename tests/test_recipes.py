@@ -73,6 +73,7 @@ EXPECTED = {
     "tiny": ("countdown", [], None, None),
     "tinyzero": ("countdown", [COUNTDOWN], (countdown, range(1, 41)), (countdown, range(41, 51))),
     "gsm8k": GSM8K,
+    "7b": GSM8K,
     "mac": GSM8K,
     "deepscaler": ("math", MATH, *(HUB[name]["train"] for name in MATH)),
 }

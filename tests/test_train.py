@@ -506,7 +506,9 @@ def test_wandb_logs_each_line_offline(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run_dir = run(tiny_llama, tmp_path / "run", wandb=True, steps=1)
     options, (values,) = fake.init.call_args.kwargs, fake.config.update.call_args.args
-    assert options["mode"] == "offline" and options["dir"] == run_dir and values["lr"] == 0.01
+    assert (
+        os.environ["WANDB_MODE"] == "offline" and options["dir"] == run_dir and values["lr"] == 0.01
+    )
     logged = [call.args[0]["reward"] for call in fake.init().log.call_args_list]
     assert logged == [line["reward"] for line in read_lines(run_dir)]
     fake.init().finish.assert_called_once()
