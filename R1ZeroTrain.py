@@ -72,7 +72,7 @@ Float = Annotated[float, 0.0]
 class Config:
     """The options of the command line. The comment beside each is also its --help text."""
 
-    recipe: Literal["tiny", "tinyzero", "gsm8k", "7b", "mac", "deepscaler"] = "tiny"  # defaults
+    recipe: Literal["tiny", "mac", "gsm8k", "7b", "tinyzero", "deepscaler"] = "tiny"  # defaults
     # The policy and its questions
     model: str = "notebooks/tiny-base"  # initial policy: a model folder or a hub name
     task: str = "countdown"  # kind of question and its reward: countdown, gsm8k, math or your own
@@ -158,9 +158,8 @@ class Rollout:
 def generate(policy, tokenizer, questions: list, group_size: int, cfg) -> Rollout:
     """Samples `group_size` completions of each question from softmax(logits / cfg.temperature).
 
-    A question is a dict of its text ("question"), a unique key that seeds its random numbers
-    ("index") and the arguments of its reward ("answer"). A completion depends on the weights, the
-    question and cfg only."""
+    A question is a dict: its text ("question"), the arguments of its reward ("answer"), and a
+    key ("index"). A completion depends on the weights, the key, the text and cfg only."""
     prompts = [render_prompt(tokenizer, q["question"], cfg.template) for q in questions]
     tokens = [torch.tensor(ids) for ids in encode(tokenizer, prompts, cfg.template)["input_ids"]]
     prompt_ids = pad_sequence(tokens, batch_first=True, padding_value=-1, padding_side="left")
@@ -211,7 +210,6 @@ def sample(policy, prompt_ids: Tensor, uniforms: Tensor, eos: Tensor, cfg) -> tu
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple:
     """A token for each row of logits [n, V], and its log-probability: [n] each.
-
     By inverse CDF: it is the first token whose cumulative probability exceeds the random number."""
     probabilities = torch.softmax(logits / temperature, dim=-1)  # [n, V]
     cdf = probabilities.cumsum(-1)
@@ -371,7 +369,6 @@ def update(
 # ==== Part 2. Evaluation ==========================================================================
 def evaluate(policy, tokenizer, held_out: list, cfg, accelerator) -> tuple:
     """Samples K = cfg.eval_samples completions a held-out question: (metrics, first one of each).
-
     All evaluations use the same random numbers, so that only the weights make a difference."""
     k, samples = cfg.eval_samples, []
     questions = [question | {"index": f"eval/{i}"} for i, question in enumerate(held_out)]
@@ -568,12 +565,12 @@ LARGE += "--group_size 8 --rollout_rows 64 --steps 500 --questions_per_step 8 "
 GSM8K = LARGE + "--task gsm8k --lora_rank 16 --max_new_tokens 512 --eval_questions 256 "
 RECIPES = {
     "tiny": "",
-    "tinyzero": LARGE + "--model Qwen/Qwen2.5-3B --dataset Jiayi-Pan/Countdown-Tasks-3to4 --steps "
-    "1000 --template base --questions_per_step 64 --max_new_tokens 1024 --eval_questions 1024",
-    "gsm8k": GSM8K + "--model Qwen/Qwen2.5-1.5B-Instruct",
-    "7b": GSM8K + "--model Qwen/Qwen2.5-7B-Instruct --gradient_checkpointing true",
     "mac": GSM8K + "--model Qwen/Qwen2.5-0.5B-Instruct --dtype float32 --tokens_per_microbatch 512 "
     "--steps 300 --questions_per_step 4 --max_new_tokens 300 --rollout_rows 32",
+    "gsm8k": GSM8K + "--model Qwen/Qwen2.5-1.5B-Instruct",
+    "7b": GSM8K + "--model Qwen/Qwen2.5-7B-Instruct --gradient_checkpointing true",
+    "tinyzero": LARGE + "--model Qwen/Qwen2.5-3B --dataset Jiayi-Pan/Countdown-Tasks-3to4 --steps "
+    "1000 --template base --questions_per_step 64 --max_new_tokens 1024 --eval_questions 1024",
     "deepscaler": LARGE + "--model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --task math --steps "
     "1040 --temperature 0.6 --questions_per_step 128 --max_new_tokens 8192 --rollout_rows 16 "
     "--tokens_per_microbatch 8192 --eval_dataset HuggingFaceH4/aime_2024 --eval_samples 16",
@@ -658,7 +655,7 @@ def memory_plan(config, cfg, prompt_tokens: int) -> dict:
     }
 
 
-def announce(cfg, device, tokenizer, held_out: list) -> None:
+def announce(cfg, device, tokenizer, held_out) -> None:
     """Prints what the run will do, and the memory that it will take."""
     with reading("--model", cfg.model) as files:
         prompt = render_prompt(tokenizer, held_out[0]["question"], cfg.template)
@@ -667,11 +664,14 @@ def announce(cfg, device, tokenizer, held_out: list) -> None:
     total, cpu = sum(plan.values()), psutil.virtual_memory().available
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else cpu
     template = "chat" if uses_chat_template(tokenizer, cfg.template) else "base"
-    print(f"{cfg.task}: {len(held_out)} held-out questions, {template} template")
-    print(f"{cfg.model} in {cfg.dtype} on {device}, into {cfg.run_dir}/")
+    asked = (
+        f"{cfg.steps * cfg.questions_per_step:,} questions to train on, {len(held_out)} held out"
+    )
+    print(f"{cfg.task}: {asked}, {template} template, into {cfg.run_dir}/")
     parts = ", ".join(f"{name} {size:.2f}" for name, size in plan.items())
     hint = "; try --lora_rank 16 --gradient_checkpointing --tokens_per_microbatch 1024"
-    print(f"memory: {total:.2f} GB of {free / 1e9:.2f} ({parts}){hint * (1e9 * total > free)}")
+    memory = f"{total:.2f} GB of {free / 1e9:.2f} ({parts}){hint * (1e9 * total > free)}"
+    print(f"{cfg.model} in {cfg.dtype} on {device}, memory {memory}")
 
 
 def set_up(cfg: Config, accelerator, saved: dict) -> tuple:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import prompts
 import R1ZeroTrain
 import rewards
-from R1ZeroTrain import RECIPES, Config, parse_config
+from R1ZeroTrain import RECIPES, Config, memory_plan, parse_config
 
 ROOT = Path(R1ZeroTrain.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -60,9 +60,9 @@ SHAPES = {
     "Qwen/Qwen2.5-1.5B-Instruct": (1536, 8960, 28, 12, 2, 151_936, True),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (1536, 8960, 28, 12, 2, 151_936, False),
     "Qwen/Qwen2.5-3B": (2048, 11008, 36, 16, 2, 151_936, True),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152_064, False),
 }
 PROMPT = 200  # tokens
-A100, M1_MAX = (312e12, 2.0e12), (10.4e12, 0.4e12)  # operations and bytes per second: data sheets
 
 
 @lru_cache
@@ -88,58 +88,42 @@ def measured(model: str, n: int, length: int, dtype: str, attention: str) -> tup
         return sum(weight.numel() for weight in policy.parameters()), sum(kept.values())
 
 
-def memory(options: str, attention: str = "sdpa") -> list[float]:
-    """GB: float32 weights, gradients and Adam's states; reference and sampler; a micro-batch."""
+def memory(options: str) -> dict[str, float]:
+    """GB, as a run with these options plans them."""
+    cfg = parse_config(options.split())
+    return memory_plan(Qwen2Config(**dict(zip(SHAPE, SHAPES[cfg.model]))), cfg, PROMPT)
+
+
+@pytest.mark.parametrize("recipe", ["mac", "gsm8k", "7b", "tinyzero", "deepscaler"])
+@pytest.mark.parametrize("more", ["", " --dtype float32", " --lora_rank 0"])
+def test_a_planned_micro_batch_is_about_what_autograd_keeps(recipe: str, more: str) -> None:
+    options = f"--recipe {recipe} --gradient_checkpointing false{more}"
     cfg = parse_config(options.split())
     length = PROMPT + cfg.max_new_tokens
-    n = max(1, cfg.tokens_per_microbatch // length)
-    parameters, batch = measured(cfg.model, n, length, cfg.dtype, attention)
-    if cfg.gradient_checkpointing:  # the inputs of all layers, and what one layer keeps
-        width, _, layers, *_ = SHAPES[cfg.model]
-        batch = batch / layers + 4 * width * layers * n * length
-    low = cfg.dtype == "bfloat16"
-    copies = (2 if low else 4) * (cfg.kl_beta > 0) + 2 * low
-    return [size / 1e9 for size in (16 * parameters, copies * parameters, batch)]
-
-
-def least_seconds(options: str, speed: float, bandwidth: float) -> float:
-    """Of a step with completions of full length: its matrix products, and what sampling reads.
-
-    Each pass reads the prompt of a question once. Attention is not counted.
-    """
-    cfg = parse_config(options.split())
-    width, _, layers, heads, kv_heads, vocabulary, tied = SHAPES[cfg.model]
-    head, new = width * vocabulary, cfg.max_new_tokens
-    body = measured(cfg.model, 1, 1, "float32", "sdpa")[0] - (1 if tied else 2) * head
-    n = cfg.questions_per_step * cfg.group_size
-
-    multiplied = body * (cfg.questions_per_step * PROMPT + n * new) + head * n * new
-    one_pass = 2 * multiplied / speed
-    cache = 2 * layers * kv_heads * width // heads * n * (PROMPT + new / 2)
-    weights = (body + head) * max(1, n // cfg.rollout_rows)
-    moved = new * (weights + cache) * (2 if cfg.dtype == "bfloat16" else 4)
-    # The update: forward, backward (two forwards), and a forward of the reference.
-    return max(one_pass, moved / bandwidth) + (3 + (cfg.kl_beta > 0)) * one_pass
-
-
-def figures(options: str, attention: str, machine: tuple[float, float]) -> list[str]:
-    parts = memory(options, attention)
-    needed = " + ".join(f"{part:.0f}" for part in parts)
-    least = f"{least_seconds(options, *machine):,.1f} s"
-    return [f"{needed} = **{sum(parts):.0f} GB**", least]
+    rows = max(1, cfg.tokens_per_microbatch // length)
+    parameters, kept = measured(cfg.model, rows, length, cfg.dtype, "sdpa")
+    plan = memory(options)
+    assert 0.75 < plan["micro-batch"] / (kept / 1e9) < 1.6
+    if not cfg.lora_rank:
+        assert plan["weights"] == pytest.approx(4e-9 * parameters)
 
 
 def recipe_row(name: str, *cells: str) -> list[str]:
     cfg = parse_config(["--recipe", name.strip("`")])
     size = f"{cfg.questions_per_step} x {cfg.group_size} x {cfg.max_new_tokens:,}"
-    about = [name, f"`{cfg.model}`", size, f"{cfg.steps:,}"]
+    trained = f"LoRA, rank {cfg.lora_rank}" if cfg.lora_rank else "all weights"
+    about = [name, f"`{cfg.model}`", size, f"{cfg.steps:,}", trained]
     if cfg.model not in SHAPES:
-        return [*about, *cells[3:]]
-    return about + figures(f"--recipe {cfg.recipe}", "sdpa", A100)
+        return [*about, *cells[4:]]
+    needed = sum(memory(f"--recipe {cfg.recipe}").values())
+    assert needed < min(map(float, re.findall(r"(\d+) GB", cells[5])[:1])), name
+    return [*about, f"{needed:.0f} GB", cells[5]]
 
 
 def mac_row(mac: str, options: str, *_: str) -> list[str]:
-    return [mac, options, *figures(options.strip("`"), "eager", M1_MAX)]
+    plan = memory(options.strip("`"))
+    assert sum(plan.values()) < 0.75 * float(mac.split()[0])
+    return [mac, options, f"{sum(plan.values()):.0f} GB"]
 
 
 # The beginning of a table -> what its rows should be, from what they are.
@@ -157,9 +141,9 @@ def updated(text: str) -> str:
         return f"[`{name}`]({file}#L{line})"
 
     def needs(match: re.Match) -> str:
-        return f"`{match[1]}` needs {sum(memory(match[1])):.0f} GB"
+        return f"`{match[1]}` needs{match[2]}{sum(memory(match[1]).values()):.0f} GB"
 
-    text = re.sub(r"`(--recipe [^`]+)` needs \d+ GB", needs, LINK.sub(link, text))
+    text = re.sub(r"`(--recipe [^`]+)` needs(\s)\d+ GB", needs, LINK.sub(link, text))
     for header, make in TABLES.items():
         for cells in rows(header):
             text = text.replace(f"| {' | '.join(cells)} |", f"| {' | '.join(make(*cells))} |")
@@ -211,7 +195,7 @@ def test_the_symbols_are_where_the_table_says() -> None:
 
 
 def test_options_in_the_text_exist() -> None:
-    others = "--help --cpu --use_fsdp --fsdp_version --num_processes --machine_rank"
+    others = "--help --cpu --num_processes --machine_rank"
     known = {f"--{field.name}" for field in fields(Config)} | set(others.split())
     codes = [code for code in re.findall(r"`([^`]+)`", PROSE) if not code.startswith("uv run ")]
     found = {option for code in codes for option in re.findall(r"(?<!\S)--\w+", code)}
@@ -300,7 +284,6 @@ def launched(words: list[str]) -> tuple[str, list[str]]:
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(words[2:]))
     cfg = parse_config(args.training_script_args)
     assert cfg.questions_per_step % args.num_processes == 0 and args.mixed_precision == "no"
-    assert not args.use_fsdp or int(args.fsdp_version) == 2
     assert args.num_processes == 8 * (args.num_machines or 1)
     return args.training_script, args.training_script_args
 
