@@ -166,7 +166,7 @@ def test_words_override_the_recipe_which_overrides_the_defaults() -> None:
         cfg = parse_config(["--recipe", recipe])
         expected = dataclasses.replace(Config(recipe=recipe, run_dir=cfg.run_dir), **given)
         if expected.lora_rank:
-            expected.lr *= 10
+            expected.lr *= 5
             cfg.lr = pytest.approx(cfg.lr)
         assert cfg == expected and cfg.run_dir.startswith(f"runs/{recipe}-")
         cfg.lr = 4e-4
