@@ -559,7 +559,7 @@ def refresh(other, policy, dtype: str) -> None:
 
 # ==== Part 4. The run =============================================================================
 LOGS = "metrics.jsonl", "completions.jsonl"
-# If an option appears twice in a recipe, the last one counts. With LoRA, lr is five times.
+# The last of two equal options counts. With LoRA, parse_config takes five times the lr.
 LARGE = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50 "
 LARGE += "--group_size 8 --rollout_rows 64 --steps 500 --questions_per_step 8 "
 GSM8K = LARGE + "--task gsm8k --lora_rank 16 --max_new_tokens 512 --eval_questions 256 "
@@ -634,8 +634,8 @@ def make_accelerator(cfg: Config):
 
 def memory_plan(config, cfg, prompt_tokens: int) -> dict:
     """GB that a run takes on its device, estimated from the shape of the model. Of each token,
-    autograd keeps what layers read and write, with gradient checkpointing a twelfth. Prompts count
-    for each row that shares them, which makes up for temporary tensors, as 14 not 12 in Adam do."""
+    autograd keeps what layers read and write, with gradient checkpointing about a twelfth of it.
+    Temporary tensors are covered by counting prompts in each row, and 14 bytes for Adam, not 12."""
     with torch.device("meta"):  # shapes without weights
         model = AutoModelForCausalLM.from_config(config)
     weights, size = model.num_parameters() / 1e9, 2 if cfg.dtype == "bfloat16" else 4
