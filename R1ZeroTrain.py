@@ -15,6 +15,7 @@
 
 Equations are those of DeepSeek-R1 (arXiv 2501.12948). The file has four parts: the algorithm,
 evaluation, speed, the run. Part 1 is all of GRPO. Of what it calls in Part 3, read the docstrings.
+
 Departures from the paper: the ratio and its clip are per token, and averaged over tokens, as in the
 first paper on GRPO (DeepSeekMath, arXiv 2402.03300); the advantage is divided by std + 1e-4, as in
 TRL; the reference stays the initial policy.
@@ -72,7 +73,7 @@ Float = Annotated[float, 0.0]
 class Config:
     """The options of the command line. The comment beside each is also its --help text."""
 
-    recipe: Literal["tiny", "mac", "gsm8k", "7b", "tinyzero", "deepscaler"] = "tiny"  # defaults
+    recipe: Literal["tiny", "mac", "gsm8k", "7b", "tinyzero", "deepscaler"] = "tiny"  # a preset
     # The policy and its questions
     model: str = "notebooks/tiny-base"  # initial policy: a model folder or a hub name
     task: str = "countdown"  # kind of question and its reward: countdown, gsm8k, math or your own
@@ -219,7 +220,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple:
     return token[:, 0], probabilities.gather(1, token)[:, 0].log()
 
 
-def seeded(*key: object):
+def seeded(*key):
     """A generator that depends on `key` only, so that no random state has to be saved."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).hexdigest()  # hash() varies by run
     return torch.Generator().manual_seed(int(digest[:15], 16))
@@ -658,16 +659,15 @@ def memory_plan(config, cfg, prompt_tokens: int) -> dict:
 def announce(cfg, device, tokenizer, held_out) -> None:
     """Prints what the run will do, and the memory that it will take."""
     with reading("--model", cfg.model) as files:
-        prompt = render_prompt(tokenizer, held_out[0]["question"], cfg.template)
-        length = len(tokenizer.tokenize(prompt))
-        plan = memory_plan(AutoConfig.from_pretrained(**files), cfg, length)
+        tokens = tokenizer.tokenize(render_prompt(tokenizer, held_out[0]["question"], cfg.template))
+        plan = memory_plan(AutoConfig.from_pretrained(**files), cfg, len(tokens))
     total, cpu = sum(plan.values()), psutil.virtual_memory().available
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else cpu
     template = "chat" if uses_chat_template(tokenizer, cfg.template) else "base"
-    asked = (
-        f"{cfg.steps * cfg.questions_per_step:,} questions to train on, {len(held_out)} held out"
+    print(
+        f"{cfg.task}: {cfg.steps * cfg.questions_per_step:,} questions to train on, "
+        f"{len(held_out)} held out, {template} template, into {cfg.run_dir}/"
     )
-    print(f"{cfg.task}: {asked}, {template} template, into {cfg.run_dir}/")
     parts = ", ".join(f"{name} {size:.2f}" for name, size in plan.items())
     hint = "; try --lora_rank 16 --gradient_checkpointing --tokens_per_microbatch 1024"
     memory = f"{total:.2f} GB of {free / 1e9:.2f} ({parts}){hint * (1e9 * total > free)}"
@@ -692,9 +692,10 @@ def set_up(cfg: Config, accelerator, saved: dict) -> tuple:
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, cfg.lr, betas=[0.9, 0.95], weight_decay=0.0)
     if saved:
-        for weight, value in zip(trained, saved["weights"]):
-            weight.data.copy_(value)
-        optimizer.load_state_dict(saved["optimizer"])
+        with reading("--resume", cfg.resume, "the model that it began with"):
+            for weight, value in zip(trained, saved["weights"]):
+                weight.data.copy_(value)
+            optimizer.load_state_dict(saved["optimizer"])
     refresh(sampler, policy, cfg.dtype)
     probe = torch.zeros(1, 1, dtype=torch.long, device=accelerator.device)
     with reading(f"--dtype {cfg.dtype} --model", cfg.model), torch.no_grad():
@@ -719,9 +720,8 @@ def load_tokenizer(model: str):
     with reading("--model", model) as files:
         tokenizer = AutoTokenizer.from_pretrained(**files)
         config = AutoConfig.from_pretrained(**files).get_text_config()
-    longest = getattr(
-        config, "original_max_position_embeddings", None
-    )  # beyond, Phi-3's RoPE turns
+    # Beyond its original length, Phi-3 would have to rotate the whole cache anew.
+    longest = getattr(config, "original_max_position_embeddings", None)
     tokenizer.model_max_length = longest or getattr(config, "max_position_embeddings", 2**20)
     return tokenizer
 
@@ -805,7 +805,7 @@ def save_checkpoint(run_dir: Path, step: int, optimizer) -> None:
 def read_checkpoint(run_dir: str) -> tuple:
     """(step, state) as save_checkpoint wrote them last, or (0, {}). Refuses a damaged file."""
     path = max(Path(run_dir, "checkpoint").glob("*.pt"), default=None)
-    if run_dir == "" or path is None:
+    if not run_dir or path is None:
         return 0, {}
     with reading("--resume", path, "another run"):
         if ZipFile(path).testzip():  # torch.save writes checksums, which torch.load ignores
@@ -833,7 +833,7 @@ def write_log(path: Path, lines: list) -> None:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def print_table(*lines: dict) -> None:
+def print_table(*lines) -> None:
     """The eval_* metrics of each line of the log, with their 95% intervals, side by side."""
     for name in lines[-1]:
         if name.endswith("_interval"):
@@ -931,7 +931,7 @@ def run(words: list) -> int:
         return 0
     except (UsageError, KeyboardInterrupt, RuntimeError, OSError, SafetensorError) as error:
         # With a full disk, torch.save raises RuntimeError. Another process that ends says why.
-        known = re.search("memory|OSError|Connection closed", f"{error} {error.__context__!r}")
+        known = re.search("(of|ate) memory|OSError|Connection", f"{error} {error.__context__!r}")
         if type(error) is RuntimeError and not known:
             raise  # a mistake in this file
         out_of_memory = re.search("out of memory|allocate memory", str(error))
