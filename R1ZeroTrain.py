@@ -27,6 +27,7 @@ Lower case denotes a subset: n of the N rows, q of the Q questions.
 
 import copy
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -34,7 +35,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
@@ -73,8 +74,8 @@ Float = Annotated[float, 0.0]
 class Config:
     """The options of the command line. The comment beside each is also its --help text."""
 
+    # Model and data
     recipe: Literal["tiny", "mac", "gsm8k", "7b", "tinyzero", "deepscaler"] = "tiny"  # a preset
-    # The policy and its questions
     model: str = "notebooks/tiny-base"  # initial policy: a model folder or a hub name
     task: str = "countdown"  # kind of question and its reward: countdown, gsm8k, math or your own
     template: Literal["auto", "base", "chat"] = "auto"  # auto: the chat template if there is one
@@ -89,8 +90,7 @@ class Config:
     rollout_rows: Count = 256  # completions sampled at a time: bounds the KV cache
     format_weight: Float = 0.1  # reward for the right format; a correct answer earns 1
     # Update
-    lr: Float = 4e-4  # learning rate of AdamW at the first step
-    lr_final: Float = 0.0  # final learning rate as a share of lr; the decay is linear
+    lr: Float = 4e-4  # learning rate of AdamW at the first step; it decays linearly to 0
     kl_beta: Float = 0.001  # beta: weight of the KL penalty; 0 needs no reference model
     clip_low: Float = 0.2  # epsilon: the ratio is clipped at 1 - clip_low
     clip_high: Float = 0.2  # epsilon: the ratio is clipped at 1 + clip_high
@@ -136,9 +136,8 @@ def train_step(
     metrics = update(policy, reference, optimizer, rollout, advantages, cfg, accelerator)
     refresh(sampler, policy, cfg.dtype)  # the new policy samples the next rollout
 
-    samples = [s | {"advantage": a} for s, a in zip(samples, advantages.tolist())]
-    samples = gather_object(samples)  # those of all processes
-    metrics |= step_means(samples)  # of reward, accuracy, format, length, truncated
+    samples = gather_object([s | {"advantage": a} for s, a in zip(samples, advantages.tolist())])
+    metrics |= step_means(samples)  # of all processes: reward, accuracy, format, ...
     metrics["completion_tokens_per_second"] = len(samples) * metrics["length"] / sampling
     metrics["seconds"] = time.perf_counter() - start
     return metrics, samples
@@ -201,7 +200,6 @@ def sample(policy, prompt_ids: Tensor, uniforms: Tensor, eos: Tensor, cfg) -> tu
         if t > 0:
             logits = forward(policy, ids[rows, t - 1, None], mask[rows], cfg, cache)
         ids[rows, t], logp_sampled[rows, t] = draw(logits[:, 0], uniforms[rows, t], cfg.temperature)
-
         if t % 8 == 7:  # not at every token, because the CPU has to wait for a GPU here
             rows = drop_finished(rows, ids, eos, cache)
             if len(rows) == 0:
@@ -536,18 +534,13 @@ class HeadLogprobs(torch.autograd.Function):
 
 
 def microbatches(rollout: Rollout, tokens: int) -> list:
-    """The rows in micro-batches of at most `tokens` tokens, or of one row, with rows of similar
-    length together. Each process makes the same number: one would wait for another otherwise."""
+    """The rows, longest first, in micro-batches of at most `tokens` tokens, or of one row."""
     rows, batches = rollout.lengths.argsort(descending=True, stable=True), []
     while len(rows):
         width = rollout.prompt_ids.shape[1] + int(rollout.lengths[rows[0]])  # that of the longest
         size = max(1, tokens // width)
         batches.append(rows[:size])
         rows = rows[size:]
-    most = max(gather_object([len(batches)]))
-    while len(batches) < most:  # split the largest
-        *batches, largest = sorted(batches, key=len)
-        batches += [largest[::2], largest[1::2]]
     return batches
 
 
@@ -561,7 +554,7 @@ def refresh(other, policy, dtype: str) -> None:
 # ==== Part 4. The run =============================================================================
 LOGS = "metrics.jsonl", "completions.jsonl"
 # The last of two equal options counts. With LoRA, parse_config takes five times the lr.
-LARGE = "--lr 1e-6 --lr_final 1 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50 "
+LARGE = "--lr 1e-6 --dtype bfloat16 --tokens_per_microbatch 2048 --eval_every 50 "
 LARGE += "--group_size 8 --rollout_rows 64 --steps 500 --questions_per_step 8 "
 GSM8K = LARGE + "--task gsm8k --lora_rank 16 --max_new_tokens 512 --eval_questions 256 "
 RECIPES = {
@@ -580,12 +573,15 @@ RECIPES = {
 
 def parse_config(words: list) -> Config:
     """Command line -> Config. `words` override recipe and resumed run. Raises UsageError."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
-    for option in fields(Config):
-        metavar = None if "Literal" in str(option.type) else "X"  # short enough for a line
-        option.metadata = {"help": comments[option.name], "metavar": metavar}
-    parser = HfArgumentParser(Config, allow_abbrev=False)
+    parser = HfArgumentParser(Config, allow_abbrev=False, usage="uv run R1ZeroTrain.py [options]")
+    del parser._optionals._group_actions[1:]  # the options go to the groups of Config
+    for group in inspect.getsource(Config).split("\n    # ")[1:]:
+        shown = parser.add_argument_group(group.split("\n")[0])
+        for name, comment in re.findall(r"(\w+): .*  # (.*)", group):
+            option = parser._option_string_actions[f"--{name}"]
+            option.help, option.metavar = comment, None if option.choices else "X"
+            del option.option_strings[1:]  # --group-size works too, but is not listed
+            shown._group_actions.append(option)
     parser.error = lambda message: refuse(f"{message}; try --help")
     given = parser.parse_args(words)  # of which --recipe and --resume stand for other options
     defaults = RECIPES[given.recipe].split()
@@ -849,8 +845,7 @@ def printable(text: str) -> str:
 
 def report(run_dir: Path, cfg) -> None:
     """Prints the evaluations before and after, a question that was learned, and what to do next."""
-    texts = [(run_dir / name).read_text() for name in LOGS]
-    lines, samples = [list(map(json.loads, text.splitlines())) for text in texts]
+    lines, samples = ([json.loads(x) for x in (run_dir / f).read_text().splitlines()] for f in LOGS)
     print(f"{'held-out':16}{'before':>29}{'after':>29}")
     print_table(lines[0], lines[-1])
     samples = [s for s in samples if "advantage" not in s]  # those of evaluations
@@ -858,8 +853,14 @@ def report(run_dir: Path, cfg) -> None:
     old, new = max(zip(before, after), key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
     print(printable(f"\n{old['question']}\n\nbefore: {old['text']}\n\nafter: {new['text']}\n"))
     command = f"uv run R1ZeroTrain.py --resume {run_dir}"
-    print(f"To ask it:   {command} --ask '{'8 7 4 = 36' if cfg.task == 'countdown' else 'Why?'}'")
+    print(f"To ask it:   {command} --ask '8 7 4 = 36'")
     print(f"To continue: {command} --steps {2 * cfg.steps}")
+    try:
+        from notebooks.plot_runs import plot
+
+        plot([run_dir], run_dir / "curves.png")
+    except ImportError:
+        print(f"To plot it:  uv run --with matplotlib notebooks/plot_runs.py {run_dir} curves.png")
 
 
 def main(cfg: Config) -> None:
@@ -897,8 +898,7 @@ def main(cfg: Config) -> None:
         indices = range(step * cfg.questions_per_step, (step + 1) * cfg.questions_per_step)
         questions = [question_at(i) | {"index": f"train/{i}"} for i in indices]
         # The last rollout only measures the trained policy, with lr 0.
-        lr = cfg.lr * (1 - (1 - cfg.lr_final) * step / cfg.steps) if not last else 0.0
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr = cfg.lr * (cfg.steps - step) / max(1, cfg.steps)
         with accelerator.split_between_processes(questions) as share:
             metrics, samples = train_step(*models, tokenizer, share, cfg, accelerator)
         clear_device_cache()  # MPS keeps a buffer for each shape that it has met

@@ -1,18 +1,15 @@
-"""Plots accuracy in training and length of finished runs, say three seeds of one recipe, into a PNG:
+"""Plots training accuracy and completion length of finished runs, say three seeds of one recipe:
 
-uv run --group notebook notebooks/plot_runs.py runs/a runs/b runs/c notebooks/default-run.png
+uv run --with matplotlib notebooks/plot_runs.py runs/a runs/b runs/c curves.png
 """
 
 import json
 import sys
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure  # not pyplot, which would choose a backend for a screen
 
-matplotlib.use("Agg")  # draws into a file: there may be no screen
-import matplotlib.pyplot as plt
-
-NAMES = {"accuracy": "accuracy in training", "length": "length of a completion, tokens"}
+NAMES = {"accuracy": "training accuracy", "length": "completion length (tokens)"}
 
 
 def label(run_dir: Path, lines: list[dict]) -> str:
@@ -23,7 +20,8 @@ def label(run_dir: Path, lines: list[dict]) -> str:
 
 
 def plot(run_dirs: list[Path], png: Path) -> None:
-    figure, axes = plt.subplots(1, len(NAMES), figsize=(9, 3.2), dpi=110)
+    figure = Figure(figsize=(9, 3.2), dpi=110)
+    axes = figure.subplots(1, len(NAMES))
     for run_dir in run_dirs:
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         for axis, name in zip(axes, NAMES, strict=True):
@@ -45,6 +43,6 @@ if __name__ == "__main__":
     *run_dirs, png = map(Path, sys.argv[1:])
     if not run_dirs or png.suffix != ".png":
         sys.exit(
-            "plot_runs.py: needs run directories and a .png file; try runs/a runs/b runs/c curve.png"
+            "plot_runs.py: needs run directories and a .png file; try runs/a runs/b runs/c curves.png"
         )
     plot(run_dirs, png)

@@ -38,6 +38,7 @@ from transformers import (
 import rewards
 from R1ZeroTrain import Rollout
 
+sys.modules["notebooks.plot_runs"] = None  # as without matplotlib: it takes two seconds to import
 ATTEMPTS: list[str] = []  # what has tried to leave this machine
 
 

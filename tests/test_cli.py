@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -189,6 +190,11 @@ def test_resume_has_the_options_of_the_run_and_words_override_them(tmp_path: Pat
 def test_help_has_each_option_with_its_meaning_and_default_in_80_columns(cli: Callable) -> None:
     code, out, err = cli("--help")
     assert code == 0 and err == "" and max(map(len, out.splitlines())) <= 80
+    groups = ["options", "Model and data", "Rollouts", "Update", "Evaluation", "Run"]
+    assert re.findall(r"^(\w.*):$", out, re.MULTILINE) == groups
+    assert (
+        "--max-new-tokens" not in out and parse_config(["--max-new-tokens=5"]).max_new_tokens == 5
+    )
     source = SCRIPT.read_text()
     shown = "".join(out.split())
     for name in HINTS:

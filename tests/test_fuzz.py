@@ -283,7 +283,7 @@ def test_any_model_folder(fuzz: Callable[..., None], tiny_llama: Path, tmp_path:
 
 CHOICES = (
     "--loss dapo|--loss dr_grpo|--advantage_scale none|--dtype bfloat16|--template base|--kl_beta 0|--kl_beta 1e18|"
-    "--gradient_checkpointing|--lr 1e18|--lr 0|--lr_final 1e18|--temperature 1e18|--temperature 0.001|--clip_low 0|"
+    "--gradient_checkpointing|--lr 1e18|--lr 0|--temperature 1e18|--temperature 0.001|--clip_low 0|"
     "--clip_high 1e18|--format_weight 1e18|--max_grad_norm 0.001|--max_grad_norm 1e18|--updates_per_rollout 2|"
     "--tokens_per_microbatch 1|--rollout_rows 1|--eval_samples 3|--eval_every 1|--save_every 1|--save_every 0|--steps 0"
 )

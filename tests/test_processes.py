@@ -23,8 +23,7 @@ from transformers import AutoConfig, LlamaConfig
 import R1ZeroTrain
 from R1ZeroTrain import load_policy, read_checkpoint
 
-# Without microbatches' care, the processes would have different numbers of micro-batches, and hang. 3 questions are
-# evaluated by 2 processes.
+# The processes have different numbers of micro-batches. 3 questions are evaluated by 2 processes.
 OPTIONS = (
     "--steps 4 --questions_per_step 4 --group_size 4 --max_new_tokens 12 --device cpu --lr 0.003 --loss dapo "
     "--tokens_per_microbatch 38 --updates_per_rollout 2 --eval_questions 3 --save_every 2 --kl_beta 0.1"

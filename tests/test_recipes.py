@@ -210,7 +210,9 @@ def test_a_recipe_runs(
         for path in (tiny_llama, "run/model")
     )
     assert any(not torch.equal(after[name], before[name]) for name in before)
-    hints = re.findall(r"uv run .*R1ZeroTrain.py (.*)", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert "To plot it:  uv run --with matplotlib notebooks/plot_runs.py run curves.png\n" in said
+    hints = re.findall(r"uv run .*R1ZeroTrain.py (.*)", said)
     assert len(hints) == 2
     for hint in hints:
         hinted = parse_config(shlex.split(hint))

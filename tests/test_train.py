@@ -474,7 +474,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
 
 def test_training_finds_what_is_rewarded(tiny_llama: Path, tmp_path: Path) -> None:
-    more = {"lr": 0.02, "lr_final": 1, "steps": 8, "max_new_tokens": 3, "group_size": 32}
+    more = {"lr": 0.02, "steps": 8, "max_new_tokens": 3, "group_size": 32}
     first, *_, last = read_lines(run(tiny_llama, tmp_path / "run", **more))
     assert first["reward"] < 0.5 and last["reward"] > first["reward"] + 0.4
     assert last["eval_pass@1"] > first["eval_pass@1"]

@@ -106,10 +106,11 @@ def test_it_runs_and_prints_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
         assert is_measured(old) or printed(old) == printed(new), "stale outputs: see the docstring"
 
 
-def test_finished_runs_are_plotted(tmp_path: Path) -> None:
+def test_runs_are_plotted_at_their_end_and_later(tmp_path: Path) -> None:
     size = "--steps 1 --questions_per_step 1 --max_new_tokens 8 --eval_questions 2 --device cpu"
     train = [sys.executable, ROOT / "R1ZeroTrain.py", *size.split(), "--run_dir", "a"]
     subprocess.run(train, cwd=tmp_path, check=True)
+    assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
     script = [sys.executable, ROOT / "notebooks" / "plot_runs.py"]
     subprocess.run([*script, "a", "a", "curve.png"], cwd=tmp_path)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
