@@ -2,7 +2,7 @@
 
 Each property has a short form, always of the same examples, and a long one of other examples, ten minutes in all:
 
-    uv run pytest -m study tests/test_fuzz.py
+    uv run --group dev pytest -m study tests/test_fuzz.py
 """
 
 import csv

@@ -2,6 +2,10 @@
 
 On the CPU with gloo, by DDP, in float64: rounding is far below the tolerance of 1e-5. The processes are
 forked from one that has imported torch already, so they start at once.
+
+Measured with OMP_NUM_THREADS=1, the median of `seconds` of the default recipe's steps 0 to 3: one process on one core takes
+4.05 s, two on two cores with the same 16 questions 2.71 s, a parallel efficiency of 75%. A step takes as long as its slowest
+process. With 32 questions, at step 0, where completions are equally long, the efficiency is 93%.
 """
 
 import re

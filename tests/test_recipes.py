@@ -401,9 +401,10 @@ def test_without_a_hub_or_a_library(
 
 
 def test_the_readmes_own_task_runs_as_it_stands(tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().split("\n## Your own task\n")[1]
-    program = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
-    _, _, name, *words = shlex.split(re.search(r"^uv run .*\.py .*$", section, re.MULTILINE)[0])
+    text = (ROOT / "README.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"`(uv run dozens.py .*?)`", text)
+    _, _, name, *words = shlex.split(command)
     Path(name).write_text(program)
     small = ["--steps", "1", "--max_new_tokens", "8", "--eval_questions", "4", "--run_dir", "run"]
     done = subprocess.run(

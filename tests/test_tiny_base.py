@@ -140,7 +140,7 @@ def test_it_learns_to_search_within_a_dozen_steps(tmp_path: Path) -> None:
 @pytest.mark.study
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_default_run_learns_what_the_readme_says(seed: int, tmp_path: Path) -> None:
-    """Minutes each, so by `uv run pytest -m study` only; the test above is its short form."""
+    """Minutes each, so by `uv run --group dev pytest -m study` only; the test above is its short form."""
     main(parse_config(["--seed", str(seed), "--run_dir", str(tmp_path / "run")]))
     before, *_, after = read_lines(tmp_path / "run")
     assert before["eval_pass@1"] <= 0.35 and after["eval_pass@1"] >= 0.75

@@ -4,8 +4,8 @@ A number in bold in its text was printed by the code cell right above. Cells tag
 of training, which depend on the size of the run and on the machine. All others print the same every time, so their
 outputs in the file, the sources that they show included, must be those of a run today. If they are not:
 
-    WALKTHROUGH=small uv run tests/test_walkthrough.py    # refresh all but the `measured` cells, in two minutes
-    uv run tests/test_walkthrough.py                      # refresh all, in minutes; then correct the figures in the text
+    WALKTHROUGH=small uv run --group dev tests/test_walkthrough.py    # refresh all but the `measured` cells, in two minutes
+    uv run --group dev tests/test_walkthrough.py                      # refresh all, in minutes; then correct the figures in the text
 """
 
 import ast
