@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from benchmark import trl_options
 
 import R1ZeroTrain
 from R1ZeroTrain import Config, Rollout
@@ -57,6 +58,9 @@ def options(case: tuple, model: Path) -> Config:
         loss=case[0],
         advantage_scale=case[1],
         updates_per_rollout=case[2],
+        steps=1,
+        questions_per_step=Q,
+        group_size=G,
         max_new_tokens=T,
         temperature=0.9,
         lr=1e-3,
@@ -119,36 +123,9 @@ def theirs(case: tuple, model: Path) -> torch.Tensor:
     from trl import GRPOConfig, GRPOTrainer
 
     cfg, (rollout, rewards) = options(case, model), make_rollout()
-    args = GRPOConfig(
-        output_dir=cfg.model,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        num_generations=G,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=Q * G // 8,  # so that a step is a whole rollout
-        num_iterations=cfg.updates_per_rollout,
-        max_steps=cfg.updates_per_rollout,  # TRL counts updates, not rollouts
-        loss_type=cfg.loss,
-        scale_rewards=cfg.advantage_scale,
-        max_completion_length=T,  # dr_grpo divides by it
-        mask_truncated_completions=False,  # the default. True would not train on them
-        temperature=cfg.temperature,  # of the loss too
-        beta=cfg.kl_beta,
-        use_bias_correction_kl=False,  # the default, True, multiplies k3 by the ratio
-        epsilon=cfg.clip_low,
-        epsilon_high=cfg.clip_high,
-        max_grad_norm=cfg.max_grad_norm,
-        learning_rate=cfg.lr,
-        lr_scheduler_type="constant",  # main sets the rate, not update; TRL's would fall to 0
-        optim="adamw_torch",
-        adam_beta2=0.95,  # the default is 0.999
-        adam_epsilon=ADAM_EPS,
-        weight_decay=0.0,
-    )
+    # `main` sets the learning rate, not `update`. The optimizer is TRL's default, but not fused.
+    others = {"lr_scheduler_type": "constant", "optim": "adamw_torch", "adam_epsilon": ADAM_EPS}
+    args = GRPOConfig(cfg.model, **trl_options(cfg, 8) | others)
     tokens = {
         name: [row[row >= 0].tolist() for row in ids]
         for name, ids in {"prompt_ids": rollout.prompt_ids, "completion_ids": rollout.ids}.items()
