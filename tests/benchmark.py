@@ -128,11 +128,11 @@ def make_model(name: str) -> str:
     return folder
 
 
-def add_digits(prompt_tokens: int) -> None:
-    """The task `digits`. The length of prompts varies by 5%, for some padding."""
+def add_digits(prompt_tokens: int, spread: float = 0.05) -> None:
+    """The task `digits`. The length of prompts varies by `spread`, for some padding."""
 
     def generate(rng) -> dict:
-        length = round(prompt_tokens * rng.uniform(0.95, 1.05)) - len("<think>")
+        length = round(prompt_tokens * rng.uniform(1 - spread, 1 + spread)) - len("<think>")
         return {"question": "".join(rng.choices("0123456789", k=length)), "answer": {}}
 
     TASKS["digits"] = Task(reward, generate=generate)
@@ -292,7 +292,7 @@ def trl_options(cfg, rows: int) -> dict:
         "epsilon_high": cfg.clip_high,
         "max_grad_norm": cfg.max_grad_norm,
         "learning_rate": cfg.lr,
-        "lr_scheduler_type": "linear",  # to 0, our lr_final
+        "lr_scheduler_type": "linear",  # to 0, as ours
         "adam_beta2": 0.95,  # the default is 0.999
         "weight_decay": 0.0,
         "bf16": cfg.dtype == "bfloat16",

@@ -108,7 +108,7 @@ def peak_of_a_run(shape: str, words: list[str], folder: str) -> None:
     """In a process of its own: prints the model's parameters, the plan and the peak less what imports hold, in GB."""
     import benchmark  # the shapes
 
-    benchmark.add_digits(prompt := 170)
+    benchmark.add_digits(prompt := 170, spread=0)
     words = [*words, *benchmark.MODELS[shape][-1].split(), "--task", "digits", "--steps", "3"]
     words += ["--eval_questions", "8"]
     words += ["--model", folder, "--run_dir", f"{folder}/run{os.getpid()}"]
