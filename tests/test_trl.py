@@ -1,6 +1,6 @@
 """Optimizer steps of `update` give the weights that TRL's GRPOTrainer gives, from the same completions and rewards.
 
-    uv run --with trl pytest -m study -k trl -s
+    uv run --group dev --with trl pytest -m study -k trl -s
 
 In float64, for each loss and advantage scale, with one and with four updates of a rollout. Then each of DIFFERENCES, an
 edit of R1ZeroTrain.py, has to change the weights by far more than rounding: the comparison would notice such a mistake.
