@@ -22,9 +22,7 @@ from R1ZeroTrain import Config, Rollout
 
 Q, G, T = 6, 4, 8  # questions, completions of each, most tokens of a completion
 EOS = 256  # of the tokenizer in conftest.py
-ADAM_EPS = (
-    0.01  # Adam divides the scale of a gradient out unless eps is large: a wrong scale has to show
-)
+ADAM_EPS = 0.01  # large, because Adam would hide a wrong scale of the gradient otherwise
 ROUNDING, NOTICED = 1e-10, 1e-5  # distances between weights, divided by how far training moved them
 
 CASES = list(product(["grpo", "dapo", "dr_grpo"], ["group", "none"], [1, 4]))
@@ -81,9 +79,8 @@ def make_rollout() -> tuple[Rollout, torch.Tensor]:
 
     places, lengths = torch.arange(T), 1 + random(T, Q * G)
     truncated = (lengths == T) & (random(4, Q * G) > 0)  # the last of T tokens may also be EOS
-    ids = random(
-        8, Q * G, T
-    )  # few tokens: what one completion makes likelier, another makes unlikelier
+    # Of 8 tokens only: what one completion makes likelier, another one makes less likely.
+    ids = random(8, Q * G, T)
     ids[(places == lengths[:, None] - 1) & ~truncated[:, None]] = EOS
     ids[places >= lengths[:, None]] = -1
     prompt_ids = random(EOS, Q, 9).masked_fill(torch.arange(9) < random(7, Q, 1), -1)
