@@ -1,27 +1,28 @@
-"""Measures a step of R1ZeroTrain.py, beside TRL's GRPOTrainer and beside what the machine allows.
+"""Measures steps of R1ZeroTrain.py, beside TRL's GRPOTrainer and beside what the machine allows.
 
     uv run --with trl tests/benchmark.py                     # both trainers; without TRL ours alone
-    uv run --with trl tests/benchmark.py --only narrow --steps 3
+    uv run --with trl tests/benchmark.py --shape narrow --steps 3
     python3 tests/benchmark.py --device cuda --dtype bfloat16 --shape 0.5b
-    python3 tests/benchmark.py --model runs/mine/model --questions 4 --group 8 --prompt_tokens 200 --new_tokens 300
     python3 tests/benchmark.py --flatness                    # what grows with the number of tokens, or of rows?
 
-Two random models in the architecture of Qwen2, nothing is downloaded: `narrow` (0.9 M parameters, where the overhead
-of calls dominates) and `wide` (43 M parameters, nearly all in a vocabulary of 151,936). Both trainers get the same
-weights, prompts, reward, group size, lengths, precision, learning rate and beta 0.04, and make one update per rollout.
-No completion ends early, so both do the same work. Each trainer is a process of its own. They take turns step by step,
-and one is idle while the other works, so that a disturbance of the machine affects both. The first step warms up and
-is not counted; figures are medians.
+`tiny` is the first 12 steps of the default run of R1ZeroTrain.py: its model, questions, rewards and learning rates.
+`narrow` (0.9 M parameters, where the overhead of calls dominates) and `wide` (43 M parameters, nearly all in a
+vocabulary of 151,936) are random models in the architecture of Qwen2, and no completion of theirs ends early, so that
+both trainers do the same work. Nothing is downloaded. Both trainers get the same weights, prompts, rewards, precision
+and options, and micro-batches of about the same size. Each trainer is a process of its own. They take turns step by
+step, and one is idle while the other works, so that a disturbance of the machine affects both. Figures are medians,
+without the first step, which warms up.
 
 - sampling: from questions to completions. scoring: rewards. update: the rest of the step (advantages, the reference's
   log-probabilities, forward, backward, optimizer step).
 - tokens/s: completion tokens divided by the seconds of sampling.
 - GB: the peak resident set of the process; on CUDA the peak of torch's allocations; on MPS what the driver holds.
+- steps to 0.8, s to 0.8: up to and with the first step whose training accuracy is 0.8 or more, the first step included.
 - of limit: the least time for the step's operations, at the rate of large matrix products measured between the steps,
   divided by the time that the step took. Counted are: each prompt read once, N·T tokens decoded, a reference forward
   and a policy forward and backward (three forwards) over N·(P + T) tokens, the head at the T positions that are
-  scored, and attention over what is visible. On a GPU a decode step takes at least the time to read its bytes (weights
-  and KV cache) at the measured bandwidth.
+  scored, and attention over what is visible; T is the mean length. On a GPU a decode step takes at least the time to
+  read its bytes (weights and KV cache) at the measured bandwidth.
 - ratio: TRL divided by ours.
 
 Why these figures: wide gains most, because logits [N, T, V] never exist as a whole. They are computed for a piece of the
@@ -40,7 +41,6 @@ import importlib.util
 import json
 import os
 import platform
-import random
 import resource
 import subprocess
 import sys
@@ -51,6 +51,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
+from math import gcd
 from pathlib import Path
 from statistics import mean, median
 
@@ -61,39 +62,35 @@ if "--worker" in sys.argv:  # the parent process stays small and idle
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     import R1ZeroTrain
-    from prompts import TASKS, Task, render_prompt
+    from prompts import TASKS, Task, encode, load_questions, render_prompt
 
-# width, inner width, layers, heads, key-value heads, vocabulary; Q, G, P, T
+SIZES = "--questions_per_step {} --group_size {} --max_new_tokens {}"
+# width, inner width, layers, heads, key-value heads, vocabulary; options of R1ZeroTrain.py
 MODELS = {
-    "narrow": (128, 384, 4, 4, 4, 384, 8, 16, 170, 128),
-    "wide": (256, 1024, 4, 4, 4, 151_936, 4, 8, 170, 64),
-    "0.5b": (896, 4864, 24, 14, 2, 151_936, 64, 8, 170, 512),  # Qwen2.5's
-    "1.5b": (1536, 8960, 28, 12, 2, 151_936, 64, 8, 170, 512),
+    "narrow": (128, 384, 4, 4, 4, 384, SIZES.format(8, 16, 128)),
+    "wide": (256, 1024, 4, 4, 4, 151_936, SIZES.format(4, 8, 64)),
+    "0.5b": (896, 4864, 24, 14, 2, 151_936, SIZES.format(64, 8, 512)),  # Qwen2.5's
 }
-SIZES = ("questions", "group", "prompt_tokens", "new_tokens")
-OPTIONS = ("rollout_rows", "tokens_per_microbatch")
+OPTIONS = {  # of ours, and of R1ZeroTrain.py
+    "questions": "questions_per_step",
+    "group": "group_size",
+    "new_tokens": "max_new_tokens",
+    "rollout_rows": "rollout_rows",
+    "tokens_per_microbatch": "tokens_per_microbatch",
+}
 
 
 @dataclass
 class Work:
-    """What a worker is told: the model, and the size of a step."""
+    """What a worker is told."""
 
-    name: str
-    model: str  # a folder; empty: random weights in the shape called `name`
-    questions: int
-    group: int
-    prompt_tokens: int
-    new_tokens: int
-    steps: int
+    name: str  # tiny, or a model in MODELS
+    words: list  # options of R1ZeroTrain.py
+    prompt_tokens: int  # tiny has its own
+    steps: int  # that count
     device: str
     dtype: str
-    options: dict  # of our Config
-    trl_rows: int  # in one of TRL's forward passes; 0: all
-    trl_checkpointing: bool
-
-    @property
-    def rows(self) -> int:
-        return self.questions * self.group
+    trl_rows: int  # at most, in one of TRL's forward passes
 
 
 # ---- In a worker: the model, questions and reward of both trainers --------------------------------------------------
@@ -102,63 +99,70 @@ def reward(text: str, **_: object) -> float:
     return text.count("1") / (1 + len(text))
 
 
-def make_model(work: Work) -> str:
-    """A folder with the model and its tokenizer, whose EOS is never sampled. The parent removes it."""
-    if work.model:
-        policy = R1ZeroTrain.load_policy(work.model)
-        tokenizer = R1ZeroTrain.load_tokenizer(work.model)
-    else:
-        width, inner, layers, heads, kv_heads, vocabulary, *_ = MODELS[work.name]
-        config = transformers.Qwen2Config(
-            hidden_size=width,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            vocab_size=vocabulary,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-        )
-        torch.manual_seed(0)
-        policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def make_model(name: str) -> str:
+    """A folder with a random model and its tokenizer, whose EOS is never sampled. The parent removes it."""
+    width, inner, layers, heads, kv_heads, vocabulary, *_ = MODELS[name]
+    config = transformers.Qwen2Config(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    policy.generation_config = transformers.GenerationConfig()
 
-        # The 256 bytes, then padding, then tokens that occur in completions only.
-        tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|pad|>"]
-        tokens += map(str, range(1000, vocabulary + 743))
-        backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.decoder = decoders.ByteLevel()
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            pad_token="<|pad|>",
-            # The question alone. prompts.chat_prompt lets only templates with "equals '" drop the rest.
-            chat_template="{{ messages[-1].content.split('equals ')[-1] }}",
-        )
+    # The 256 bytes, then padding, then tokens that occur in completions only.
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|pad|>"]
+    tokens += map(str, range(1000, vocabulary + 743))
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        # The question alone. prompts.chat_prompt lets only templates with "equals '" drop the rest.
+        chat_template="{{ messages[-1].content.split('equals ')[-1] }}",
+    )
     # The EOS token comes after all tokens that the model was made for.
     tokenizer.add_special_tokens({"eos_token": "<|never|>"})
-    policy.generation_config = transformers.GenerationConfig()
     folder = tempfile.mkdtemp()
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def make_questions(tokenizer, work: Work) -> tuple[list[str], float]:
-    """Random digits, and the mean length of their prompts: `prompt_tokens`, give or take 5% for some padding."""
+def add_digits(prompt_tokens: int, spread: float = 0.05) -> None:
+    """The task `digits`. The length of prompts varies by `spread`, for some padding."""
 
-    def length(question: str) -> int:
-        return len(tokenizer(render_prompt(tokenizer, question))["input_ids"])
+    def generate(rng) -> dict:
+        length = round(prompt_tokens * rng.uniform(1 - spread, 1 + spread)) - len("<think>")
+        return {"question": "".join(rng.choices("0123456789", k=length)), "answer": {}}
 
-    questions = []
-    for i in range(work.questions * (work.steps + 1)):
-        rng = random.Random(i)
-        digits = round(work.prompt_tokens * rng.uniform(0.95, 1.05)) - length("")
-        questions.append("".join(rng.choices("0123456789", k=digits)))
-    return questions, mean(map(length, questions))
+    TASKS["digits"] = Task(reward, generate=generate)
 
 
-def describe(policy, work: Work) -> dict:
+def make_recipe(work: Work) -> tuple:
+    """What both trainers get: our Config, the tokenizer, and the questions of all steps."""
+    words = [*work.words, "--device", work.device, "--dtype", work.dtype]
+    if work.name != "tiny":
+        add_digits(work.prompt_tokens)
+        words += ["--model", make_model(work.name), "--steps", str(work.steps + 1)]
+        words += ["--task", "digits", "--format_weight", "0", "--kl_beta", "0.04", "--lr", "1e-6"]
+    cfg = R1ZeroTrain.parse_config(words)
+    tokenizer = R1ZeroTrain.load_tokenizer(cfg.model)
+    question_at, _ = load_questions(tokenizer=tokenizer, **vars(cfg))
+    count = cfg.steps * cfg.questions_per_step
+    return cfg, tokenizer, [question_at(i) | {"index": f"train/{i}"} for i in range(count)]
+
+
+def describe(policy, cfg, tokenizer, questions: list, work: Work) -> dict:
     """What is measured, and the sizes that `limit` needs."""
+    prompts = [render_prompt(tokenizer, q["question"], cfg.template) for q in questions]
     config, head = policy.config.get_text_config(), policy.get_output_embeddings().weight
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -166,6 +170,11 @@ def describe(policy, work: Work) -> dict:
     matrices = {p for p in policy.parameters() if p.dim() > 1}
     body = matrices - {policy.get_input_embeddings().weight, head}  # a look-up; counted by itself
     return {
+        "questions": cfg.questions_per_step,
+        "group": cfg.group_size,
+        "new_tokens": cfg.max_new_tokens,
+        "prompt": mean(map(len, encode(tokenizer, prompts, cfg.template)["input_ids"])),
+        "before": peak(work),
         "layers": layers,
         "width": config.hidden_size,
         "vocabulary": len(head),
@@ -197,7 +206,7 @@ def peak(work: Work) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-TIMES = Counter()  # seconds of the parts of a step, and its completion tokens
+TIMES = Counter()  # seconds of the parts of a step; its completion tokens and accuracy
 
 
 def timed(work: Work, part: str, owner: object, name: str) -> None:
@@ -213,6 +222,11 @@ def timed(work: Work, part: str, owner: object, name: str) -> None:
     setattr(owner, name, wrapper)
 
 
+def count(samples: list) -> None:
+    TIMES["tokens"] = sum(sample["length"] for sample in samples)
+    TIMES["accuracy"] = mean(sample["accuracy"] for sample in samples)
+
+
 def step_figures(work: Work) -> dict:
     """The figures of the step that has just ended. TIMES starts again at 0."""
     update = TIMES["step"] - TIMES["sampling"] - TIMES["scoring"]
@@ -223,33 +237,18 @@ def step_figures(work: Work) -> dict:
 
 # ---- The workers. turn(figures) hands figures in, and returns when it is the worker's turn again --------------------
 def ours(work: Work, turn: Callable) -> None:
-    TASKS["benchmark"] = Task(reward)
-    cfg = R1ZeroTrain.Config(
-        model=make_model(work),
-        task="benchmark",
-        questions_per_step=work.questions,
-        group_size=work.group,
-        max_new_tokens=work.new_tokens,
-        format_weight=0.0,
-        lr=1e-6,
-        kl_beta=0.04,
-        device=work.device,
-        dtype=work.dtype,
-        **work.options,
-    )
+    cfg, tokenizer, questions = make_recipe(work)
     accelerator = R1ZeroTrain.make_accelerator(cfg)
-    models = R1ZeroTrain.set_up(cfg, accelerator, {})
-    tokenizer = R1ZeroTrain.load_tokenizer(cfg.model)
-    texts, prompt = make_questions(tokenizer, work)
-    questions = [{"question": text, "answer": {}, "index": i} for i, text in enumerate(texts)]
+    *models, optimizer = R1ZeroTrain.set_up(cfg, accelerator, {})
     for part, name in {"sampling": "generate", "scoring": "score", "step": "train_step"}.items():
         timed(work, part, R1ZeroTrain, name)
 
-    turn(describe(models[0], work) | {"prompt": prompt, "before": peak(work)})
-    for i in range(0, len(questions), work.questions):
-        batch = questions[i : i + work.questions]
-        _, samples = R1ZeroTrain.train_step(*models, tokenizer, batch, cfg, accelerator)
-        TIMES["tokens"] = sum(sample["length"] for sample in samples)
+    turn(describe(models[0], cfg, tokenizer, questions, work))
+    for step in range(cfg.steps):
+        optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)  # as in main
+        batch = questions[step * cfg.questions_per_step :][: cfg.questions_per_step]
+        _, samples = R1ZeroTrain.train_step(*models, optimizer, tokenizer, batch, cfg, accelerator)
+        count(samples)
         turn(step_figures(work))
 
 
@@ -263,34 +262,73 @@ def sampling_only(work: Work, turn: Callable) -> None:
 def update_only(work: Work, turn: Callable) -> None:
     """With made-up completions: the memory that sampling needs would hide the update's peak."""
 
-    def generate(*_) -> R1ZeroTrain.Rollout:
+    def generate(policy, tokenizer, questions: list, group: int, cfg) -> R1ZeroTrain.Rollout:
+        rows = len(questions) * group
         with torch.device(work.device):
-            prompt_ids = torch.randint(256, (work.questions, work.prompt_tokens))
-            ids = torch.randint(256, (work.rows, work.new_tokens))
+            prompt_ids = torch.randint(256, (len(questions), work.prompt_tokens))
+            ids = torch.randint(256, (rows, cfg.max_new_tokens))
             return R1ZeroTrain.Rollout(
-                prompt_ids=prompt_ids.repeat_interleave(work.group, 0),
+                prompt_ids=prompt_ids.repeat_interleave(group, 0),
                 ids=ids,
-                lengths=torch.full((work.rows,), work.new_tokens),
-                truncated=torch.ones(work.rows),
+                lengths=torch.full((rows,), cfg.max_new_tokens),
+                truncated=torch.ones(rows),
                 logp_sampled=torch.zeros(ids.shape),
-                text=[str(i) for i in range(work.rows)],
+                text=[str(i) for i in range(rows)],
             )
 
     R1ZeroTrain.generate = generate
     ours(work, turn)
 
 
+def trl_options(cfg, rows: int) -> dict:
+    """The options of TRL's GRPOConfig that stand for ours. That they do is shown by test_trl.py."""
+    rollout = cfg.questions_per_step * cfg.group_size
+    return {
+        "num_generations": cfg.group_size,
+        "per_device_train_batch_size": gcd(rows, rollout),  # of a micro-batch
+        "gradient_accumulation_steps": rollout // gcd(rows, rollout),  # a step is a whole rollout
+        "num_iterations": cfg.updates_per_rollout,
+        "max_steps": cfg.updates_per_rollout * cfg.steps,  # TRL counts updates, not rollouts
+        "max_completion_length": cfg.max_new_tokens,  # dr_grpo divides by it
+        "mask_truncated_completions": False,  # the default. True would not train on them
+        "temperature": cfg.temperature,  # of the loss too
+        "loss_type": cfg.loss,
+        "scale_rewards": cfg.advantage_scale,
+        "beta": cfg.kl_beta,
+        "use_bias_correction_kl": False,  # the default, True, multiplies k3 by the ratio
+        "epsilon": cfg.clip_low,
+        "epsilon_high": cfg.clip_high,
+        "max_grad_norm": cfg.max_grad_norm,
+        "learning_rate": cfg.lr,
+        "lr_scheduler_type": "linear",  # to 0, as ours
+        "adam_beta2": 0.95,  # the default is 0.999
+        "weight_decay": 0.0,
+        "bf16": cfg.dtype == "bfloat16",
+        "model_init_kwargs": {"dtype": "float32"},
+        "gradient_checkpointing": cfg.gradient_checkpointing,  # the default is True
+        "use_cpu": cfg.device == "cpu",
+        "shuffle_dataset": False,
+        "dataloader_pin_memory": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
 def trl(work: Work, turn: Callable) -> None:
     import trl
     from datasets import Dataset
 
-    folder, rows = make_model(work), work.trl_rows or work.rows
-    tokenizer = R1ZeroTrain.load_tokenizer(folder)
-    prompts = [render_prompt(tokenizer, text) for text in make_questions(tokenizer, work)[0]]
+    cfg, tokenizer, questions = make_recipe(work)
 
-    def rewards(completions: list[str], completion_ids: list, **_: object) -> list[float]:
-        TIMES["tokens"] += sum(map(len, completion_ids))
-        return list(map(reward, completions))
+    def rewards(completions: list, completion_ids: list, place: list, **_: object) -> list[float]:
+        lengths, whole = [len(ids) for ids in completion_ids], ["<think>" + c for c in completions]
+        scored = R1ZeroTrain.Rollout(None, None, lengths, [False] * len(whole), None, whole)
+        batch = [questions[i] for i in place[:: cfg.group_size]]
+        samples = R1ZeroTrain.score(scored, batch, cfg)
+        count(samples)
+        return [sample["reward"] for sample in samples]
 
     class Turns(transformers.TrainerCallback):
         def on_train_begin(self, *_, **__) -> None:
@@ -303,35 +341,12 @@ def trl(work: Work, turn: Callable) -> None:
             TIMES["step"] += clock(work)
             turn(step_figures(work))
 
-    args = trl.GRPOConfig(
-        output_dir=folder,
-        max_steps=work.steps + 1,
-        shuffle_dataset=False,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        dataloader_pin_memory=False,
-        num_generations=work.group,
-        max_completion_length=work.new_tokens,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=work.rows // rows,
-        beta=0.04,
-        loss_type="grpo",
-        use_bias_correction_kl=False,
-        disable_dropout=True,
-        learning_rate=1e-6,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        model_init_kwargs={"dtype": "float32"},
-        bf16=work.dtype == "bfloat16",
-        use_cpu=work.device == "cpu",
-        gradient_checkpointing=work.trl_checkpointing,
-    )
+    prompts = [render_prompt(tokenizer, q["question"], cfg.template) for q in questions]
     trainer = trl.GRPOTrainer(
-        model=folder,
+        model=cfg.model,
         reward_funcs=rewards,
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        args=trl.GRPOConfig(tempfile.mkdtemp(), **trl_options(cfg, work.trl_rows)),
+        train_dataset=Dataset.from_dict({"prompt": prompts, "place": list(range(len(prompts)))}),
         processing_class=tokenizer,
         callbacks=[Turns()],
     )
@@ -414,14 +429,16 @@ class Worker:
 
 def limit(facts: dict, work: Work) -> dict[str, float]:
     """The least seconds of the parts of a step: see the top."""
-    n, p, t, speed = work.rows, facts["prompt"], work.new_tokens, facts["operations_per_second"]
+    n, p = facts["questions"] * facts["group"], facts["prompt"]
+    speed = facts["operations_per_second"]
+    t = facts["ours"]["tokens"] / n
     body, head = 2 * facts["body"], 2 * facts["head"]
 
     def seen(first: float, last: float) -> float:
         """Operations of attention for the queries first to last, each over all keys up to its own."""
         return 2 * facts["attention"] * (last * (last + 1) - first * (first + 1))
 
-    prefill = work.questions * (p * body + seen(0, p) + head)
+    prefill = facts["questions"] * (p * body + seen(0, p) + head)
     decode = n * ((t - 1) * (body + head) + seen(p, p + t - 1))
     update = 4 * n * ((p + t) * body + seen(0, p + t) + t * head)
 
@@ -442,33 +459,40 @@ def compare(work: Work, names: list[str]) -> dict:
     """The figures of the trainers, which take turns. Prints them as a table."""
     with ExitStack() as stack:
         workers = {name: Worker(stack, name, work) for name in (*names, "rate")}
-        rounds = []
+        facts, rounds = workers["ours"].facts, []
         for i in range(work.steps + 1):
             rounds.append({name: worker() for name, worker in workers.items()})
             for name in names:
                 figures = rounds[i][name]
-                if figures["tokens"] != work.rows * work.new_tokens:
+                tokens = facts["questions"] * facts["group"] * facts["new_tokens"]
+                if work.name != "tiny" and figures["tokens"] != tokens:
                     raise RuntimeError(f"{name}: completions ended early, so the work differs")
-                print(f"{work.name}, step {i}, {name}: {figures['step']:.2f} s", file=sys.stderr)
+                line = f"{figures['step']:.2f} s, accuracy {figures['accuracy']:.2f}"
+                print(f"{work.name}, step {i}, {name}: {line}", file=sys.stderr)
 
-    del rounds[0]  # it was to warm up
-    result = asdict(work)
+    result = asdict(work) | {"accuracy": {}}
     for name, worker in workers.items():
-        medians = {key: median(r[name][key] for r in rounds) for key in rounds[0][name]}
+        medians = {key: median(r[name][key] for r in rounds[1:]) for key in rounds[1][name]}
         result |= worker.facts | {name: medians}
     result |= result.pop("rate")
     result["limit"] = limit(result, work)
     for name in names:
         figures, steps = result[name], [r[name]["step"] for r in rounds]
-        figures |= {"fastest": min(steps), "slowest": max(steps)}
+        figures |= {"fastest": min(steps[1:]), "slowest": max(steps[1:])}
         figures["tokens/s"] = figures["tokens"] / figures["sampling"]
         figures["memory"] = max(r[name]["memory"] for r in rounds)
         figures["of_limit"] = result["limit"]["step"] / figures["step"]
-        result["ratio"] = {key: figures[key] / result["ours"][key] for key in figures}
+        result["accuracy"][name] = accuracy = [r[name]["accuracy"] for r in rounds]
+        learned = [i for i, share in enumerate(accuracy, 1) if share >= 0.8]
+        if learned:
+            figures |= {"steps to 0.8": learned[0], "s to 0.8": sum(steps[: learned[0]])}
+        del figures["accuracy"]  # its median says little
+        ours = result["ours"]
+        result["ratio"] = {key: figures[key] / ours[key] for key in figures if key in ours}
     about = (
         "\n{name}: {layers} layers, width {width}, vocabulary {vocabulary:,}, {parameters:,} "
         "parameters; {dtype} on {chip}\na step: {questions} questions x {group} completions of "
-        "{new_tokens} tokens, prompts of about {prompt:.0f}; seconds, medians of {steps}; GB\n"
+        "up to {new_tokens} tokens, prompts of about {prompt:.0f}; seconds, medians of {steps}; GB\n"
         "limit: {operations:,.0f} operations at {operations_per_second:,.0f} a second"
     )
     print(about.format_map(result | result["limit"]))
@@ -480,10 +504,14 @@ def compare(work: Work, names: list[str]) -> dict:
 def print_table(lines: dict[object, dict]) -> None:
     """The first line has all columns."""
     columns = next(iter(lines.values()))
-    print(f"{'':5}" + "".join(f"{column:>11}" for column in columns))
+    print(f"{'':5}" + "".join(f"{column:>13}" for column in columns))
     for name, figures in lines.items():
         cells = [f"{figures[key]:,.3f}" if key in figures else "" for key in columns]
-        print(f"{name:5}" + "".join(f"{cell:>11}" for cell in cells))
+        print(f"{name:5}" + "".join(f"{cell:>13}" for cell in cells))
+
+
+def more(work: Work, *words: object) -> Work:
+    return replace(work, words=[*work.words, *map(str, words)])
 
 
 def flatness(work: Work) -> dict:
@@ -491,7 +519,7 @@ def flatness(work: Work) -> dict:
     sampling, updates = {}, {}
     with ExitStack() as stack:
         workers = {
-            tokens: Worker(stack, "sampling_only", replace(work, new_tokens=tokens))
+            tokens: Worker(stack, "sampling_only", more(work, "--max_new_tokens", tokens))
             for tokens in (64, 128, 256, 512, 1024)
         }
         rounds = [{t: worker() for t, worker in workers.items()} for _ in range(work.steps + 1)]
@@ -500,12 +528,13 @@ def flatness(work: Work) -> dict:
         f = {part: 1000 / t * median(r[t][part] for r in rounds[1:]) for part in parts}
         sampling[t] = f | {"rest": f["sampling"] - f["attention"]}
         sampling[t]["of_first"] = sampling[t]["rest"] / sampling[64]["rest"]
-    print(f"{work.name}, {work.rows} rows: ms per token over new tokens, medians of {work.steps}")
+    print(f"{work.name}: ms per token over new tokens, medians of {work.steps}")
     print_table(sampling)
 
     for rows in (64, 128, 256, 512):
         with ExitStack() as stack:
-            worker = Worker(stack, "update_only", replace(work, questions=rows // work.group))
+            options = "--group_size", 16, "--questions_per_step", rows // 16
+            worker = Worker(stack, "update_only", more(work, *options))
             updates[rows] = {"before": worker.facts["before"]} | worker()
         updates[rows]["of_first"] = updates[rows]["memory"] / updates[64]["memory"]
     print("\nupdate: seconds and GB over rows, each in a process of its own")
@@ -518,18 +547,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--only", choices=["narrow", "wide"], help="one of the two models")
-    add("--shape", choices=["0.5b", "1.5b"], help="random weights in the shape of this Qwen2.5")
-    add("--model", default="", help="folder of a causal model instead")
-    for name in SIZES:
-        add(f"--{name}", type=int, help="of a step; the default depends on the model")
-    add("--steps", type=int, default=5, help="steps that count")
+    add("--shape", choices=["tiny", *MODELS], help="one of them; tiny, narrow and wide otherwise")
+    for name, option in OPTIONS.items():
+        add(f"--{name}", type=int, help=f"--{option} of R1ZeroTrain.py")
+    add("--prompt_tokens", type=int, default=170, help="mean length; not of tiny")
+    add("--steps", type=int, help="steps that count, after one that warms up: 5, for tiny 11")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
-    for name in OPTIONS:
-        add(f"--{name}", type=int, help="of our Config, whose default applies")
-    add("--trl_rows", type=int, default=0, help="rows of TRL's forward passes; 0: all in one")
-    add("--trl_checkpointing", action="store_true", help="TRL's default: slower, less memory")
+    add("--trl_rows", type=int, default=16, help="at most, in one of TRL's forward passes")
     add("--flatness", action="store_true", help="ours alone, over sizes")
     add("--worker", nargs=2, help=argparse.SUPPRESS)
     args = vars(parser.parse_args())
@@ -537,13 +562,14 @@ def main() -> None:
         kind, work = args["worker"]
         return be_worker(kind, Work(**json.loads(work)))
 
-    one = args["model"] or args["shape"] or args["only"] or args["flatness"] and "narrow"
     works = []
-    for name in [one] if one else ["narrow", "wide"]:
-        defaults = zip(SIZES, MODELS.get(name, MODELS["wide"])[-4:], strict=True)
-        sizes = {size: args[size] or default for size, default in defaults}
-        options = {option: args[option] for option in OPTIONS if args[option]}
-        values = args | sizes | {"name": name, "options": options}
+    default = ["narrow"] if args["flatness"] else ["tiny", "narrow", "wide"]
+    for name in [args["shape"]] if args["shape"] else default:
+        words = MODELS[name][-1].split() if name in MODELS else []
+        for option, full in OPTIONS.items():
+            words += [f"--{full}", str(args[option])] if args[option] else []
+        steps = args["steps"] or (11 if name == "tiny" else 5)
+        values = args | {"name": name, "words": words, "steps": steps}
         works.append(Work(**{field.name: values[field.name] for field in fields(Work)}))
 
     if args["flatness"]:

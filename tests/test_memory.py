@@ -108,18 +108,9 @@ def peak_of_a_run(shape: str, words: list[str], folder: str) -> None:
     """In a process of its own: prints the model's parameters, the plan and the peak less what imports hold, in GB."""
     import benchmark  # the shapes
 
-    from prompts import TASKS, Task
-
-    *_, questions, group, prompt, new = benchmark.MODELS[shape]
-    TASKS["digits"] = Task(
-        benchmark.reward,
-        generate=lambda rng: {
-            "question": "".join(rng.choices("0123456789", k=prompt)),
-            "answer": {},
-        },
-    )
-    sizes = f"--questions_per_step {questions} --group_size {group} --max_new_tokens {new}"
-    words = [*words, *sizes.split(), *["--task", "digits", "--steps", "3", "--eval_questions", "8"]]
+    benchmark.add_digits(prompt := 170, spread=0)
+    words = [*words, *benchmark.MODELS[shape][-1].split(), "--task", "digits", "--steps", "3"]
+    words += ["--eval_questions", "8"]
     words += ["--model", folder, "--run_dir", f"{folder}/run{os.getpid()}"]
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -138,9 +129,8 @@ def peak_of_a_run(shape: str, words: list[str], folder: str) -> None:
 @pytest.mark.parametrize("shape", ["narrow", "wide"])
 def test_a_run_takes_what_the_plan_says(shape: str, tmp_path: Path) -> None:
     """Within 20%, and LoRA takes at most half of full training where the model is large."""
-    make = f"""import sys; sys.argv.append("--worker"); import benchmark as b, os
-work = b.Work("{shape}", "", *b.MODELS["{shape}"][-4:], 1, "cpu", "float32", {{}}, 0, False)
-os.rename(b.make_model(work), "{tmp_path}/model")"""
+    make = f"""import sys; sys.argv.append("--worker"); import benchmark, os
+os.rename(benchmark.make_model("{shape}"), "{tmp_path}/model")"""
     tests = str(Path(__file__).parent)
     environment = os.environ | {"PYTHONPATH": f"{tests}:{Path(tests).parent}"}
     environment.pop("OMP_NUM_THREADS", None)
