@@ -9,9 +9,9 @@
     6. step the optimizer, mu times on each rollout                       update
     7. now and then, measure accuracy on held-out questions               evaluate
 
-    uv run R1ZeroTrain.py                     # a tiny model learns Countdown, on any computer
-    uv run R1ZeroTrain.py --recipe gsm8k      # a real model, a real dataset
-    uv run R1ZeroTrain.py --help              # every option, its meaning and its default
+    uv run R1ZeroTrain.py                              # a tiny model learns, on any computer
+    uv run --extra lora R1ZeroTrain.py --recipe gsm8k  # a real model, a real dataset
+    uv run R1ZeroTrain.py --help                       # every option, its meaning, its default
 
 Equations are those of DeepSeek-R1 (arXiv 2501.12948). The file has four parts: the algorithm,
 evaluation, speed, the run. Part 1 is all of GRPO. Of what it calls in Part 3, read the docstrings.
@@ -37,6 +37,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 from zipfile import ZipFile
@@ -90,7 +91,7 @@ class Config:
     rollout_rows: Count = 256  # completions sampled at a time: bounds the KV cache
     format_weight: Float = 0.1  # reward for the right format; a correct answer earns 1
     # Update
-    lr: Float = 4e-4  # learning rate of AdamW at the first step; it decays linearly to 0
+    lr: Float = 4e-4  # learning rate of AdamW at first; it decays linearly to 0
     kl_beta: Float = 0.001  # beta: weight of the KL penalty; 0 needs no reference model
     clip_low: Float = 0.2  # epsilon: the ratio is clipped at 1 - clip_low
     clip_high: Float = 0.2  # epsilon: the ratio is clipped at 1 + clip_high
@@ -172,7 +173,6 @@ def generate(policy, tokenizer, questions: list, group_size: int, cfg) -> Rollou
     ends = policy.generation_config.eos_token_id  # a token, a list of several, or None
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     eos = torch.tensor(sorted(ends), device=policy.device)
-
     chunks = zip(prompt_ids.split(cfg.rollout_rows), uniforms.split(cfg.rollout_rows))
     parts = [sample(policy, *chunk, eos, cfg) for chunk in chunks]
     ids, logp_sampled = map(torch.cat, zip(*parts))  # [N, T] each
@@ -598,6 +598,8 @@ def parse_config(words: list) -> Config:
         for least in getattr(hint, "__metadata__", []):  # the second argument of Annotated
             if not least <= value <= 1e18:
                 refuse(f"--{name} {value}: not in {least} to 1e18; try {getattr(Config, name)}")
+    if cfg.lora_rank and not find_spec("peft"):
+        refuse(f"--lora_rank {cfg.lora_rank}: needs peft; try uv run --extra lora R1ZeroTrain.py")
     if given.resume:
         fixed = "" if cfg.eval_only or cfg.ask else " task seed run_dir"
         for name in f"recipe model lora_rank{fixed}".split():
@@ -756,10 +758,8 @@ def add_adapters(policy, cfg):
     """The policy with LoRA (arXiv 2106.09685): alpha / rank · B @ A @ input is added to the output
     of each linear layer but the head. Only A and B are trained, in float32. Alpha 32, no dropout:
     "LoRA Without Regret" (Thinking Machines, 2025) has ten times the lr; five is steadier here."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        refuse(f"--lora_rank {cfg.lora_rank}: needs peft; try uv run --extra lora R1ZeroTrain.py")
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(cfg.seed)  # A starts at random, B at 0: the policy is still the reference
     lora = LoraConfig(r=cfg.lora_rank, lora_alpha=32, target_modules="all-linear")
     return get_peft_model(policy, lora)
