@@ -1,4 +1,4 @@
-"""Question in, prompt out: prompt templates, the Countdown generator, datasets, and `TASKS`.
+"""Questions and prompts: prompt templates, the Countdown generator, datasets, and `TASKS`.
 
 A question is a dict of its text and the keyword arguments of the reward that grades an answer:
 
@@ -34,7 +34,7 @@ from rewards import countdown_reward, gsm8k_reward, last_box, math_reward, start
 
 
 class UsageError(ValueError):
-    """An option whose value cannot work. The message is one line: option, value, and what works."""
+    """Raised if the value of an option cannot work. Its one-line message names one that does."""
 
 
 # ---- Templates ---------------------------------------------------------------------------------
@@ -56,9 +56,9 @@ then give only the final answer in <answer> </answer> tags."""
 SHOW_WORK = """\
 Show your work in <think> </think> tags. And return the final answer in <answer> </answer> tags, \
 for example <answer> {example} </answer>."""
-# Stands for "think" in the messages that a chat template reads. No UTF-8 text has this character.
+# Replaces "think" in the messages that a chat template reads. No UTF-8 text has this character.
 MASK = "\udfff"
-# Some chat templates write today's date, and a prompt must be the same every day. In front of a
+# Some chat templates write today's date, but a prompt must be the same every day. At the start of a
 # template, this macro replaces transformers' strftime_now. Other format codes stay as they are.
 FIXED_DATE = """\
 {% macro strftime_now(format) -%}
@@ -80,12 +80,12 @@ def render_prompt(tokenizer, question: str, template: str = "auto") -> str:
     """Returns the prompt for a question. It ends in exactly one open `<think>` and white space.
 
     See uses_chat_template for `template`. Raises UsageError if the chat template fails, or if the
-    prompt would not hold the question and SYSTEM_PROMPT whole.
+    prompt would not contain the whole question and SYSTEM_PROMPT.
     """
     if not uses_chat_template(tokenizer, template):
         return BASE_TEMPLATE.format(question=question)
 
-    # Some templates ignore a system message. Those of Gemma and the first Mistral models refuse it.
+    # Some templates ignore a system message. Those of Gemma and early Mistral models reject it.
     for texts in (
         {"system": SYSTEM_PROMPT, "user": question},
         {"user": f"{SYSTEM_PROMPT}\n\n{question}"},
@@ -94,16 +94,16 @@ def render_prompt(tokenizer, question: str, template: str = "auto") -> str:
             return chat_prompt(tokenizer, texts)
         except Exception as error:  # a template is a program, and can raise anything
             reason = f"{error!r:.200}"
-    raise UsageError(f"--template chat: the chat template fails, {reason}; try --template base")
+    raise UsageError(f"--template chat: the chat template fails with {reason}; try --template base")
 
 
 def chat_prompt(tokenizer, texts: dict) -> str:
     """Returns the prompt that the chat template writes for `texts`, `{role of a message: text}`.
 
-    Raises ValueError if the prompt does not hold each text whole, or if `<think>` cannot follow it.
+    Raises ValueError if the prompt lacks a part of a text, or if `<think>` cannot follow it.
     """
     # Some templates edit tags: SmolLM3's deletes "/think" from the system message. Masked texts
-    # also hold no tags that could be taken for the template's own below.
+    # also contain no tags that could be mistaken for the template's own below.
     messages = [{"role": role, "content": texts[role].replace("think", MASK)} for role in texts]
     template = FIXED_DATE + tokenizer.get_chat_template()
     prompt = tokenizer.apply_chat_template(
@@ -116,7 +116,7 @@ def chat_prompt(tokenizer, texts: dict) -> str:
     )
 
     for message in messages:
-        # The exception is a template that cuts the problem out of a Countdown question, as
+        # An exception is a template that extracts the problem from a Countdown question, as
         # tiny-base's does with split('equals ').
         if message["content"].strip() not in prompt and "equals '" not in template:
             raise ValueError("it drops or changes the question or the instruction")
@@ -150,8 +150,8 @@ PROBLEM = rf"\s*(\[)?\s*{NUMBER}(?:[\s,]+{NUMBER})*\s*(?(1)\])\s*=\s*-?{NUMBER}\
 def reachable_values(numbers: tuple) -> set:
     """Returns the absolute values of all expressions that use each of `numbers` exactly once.
 
-    `numbers` are sorted and not negative. Signs of partial results need not be followed: they turn
-    a sum into a difference or back, and both are here.
+    `numbers` are sorted and not negative. The signs of partial results do not matter: they only
+    turn a sum into a difference or back, and both are included.
     """
     if len(numbers) == 1:
         return {Fraction(numbers[0])}
@@ -161,7 +161,7 @@ def reachable_values(numbers: tuple) -> set:
         for left in combinations(numbers, size):
             right = tuple((Counter(numbers) - Counter(left)).elements())
             for a, b in product(reachable_values(left), reachable_values(right)):
-                # a / 0 has no value; a takes its place, which is also a + 0.
+                # a / 0 has no value. It is replaced by a, which is in the set anyway as a + 0.
                 values |= {a + b, abs(a - b), a * b, a / (b or 1), b / (a or 1)}
     return values
 
@@ -172,8 +172,8 @@ def countdown_problem(
     """Draws a problem `(numbers, target)` that has a solution. Both ranges include their ends.
 
     The numbers are uniform and independent. The target is uniform among the integers in
-    `target_range` that the numbers reach. Numbers that reach none are drawn again; raises
-    UsageError if none do. Neither range may include a negative number.
+    `target_range` that the numbers can reach. If there are none, the numbers are drawn again.
+    Raises UsageError after DRAWS failures. Neither range may include a negative number.
     """
     low, high = target_range
     for _ in range(DRAWS):
@@ -191,7 +191,7 @@ def countdown_key(numbers: list[int], target: int) -> str:
 
 
 def countdown(numbers: list[int], target: int) -> dict:
-    """Returns the question in TinyZero's wording (examples/data_preprocess/countdown.py there)."""
+    """Returns the question in the wording of TinyZero's examples/data_preprocess/countdown.py."""
     question = (
         f"Using the numbers {numbers}, create an equation that equals {target}. You can use basic "
         "arithmetic operations (+, -, *, /) and each number can only be used once. "
@@ -201,7 +201,7 @@ def countdown(numbers: list[int], target: int) -> dict:
 
 
 def parse_countdown(text: str) -> dict | None:
-    """Returns the question that "44 19 35 = 98" stands for, and None for any other text."""
+    """Returns the question for a text such as "44 19 35 = 98", or None for any other text."""
     if not re.fullmatch(PROBLEM, text):
         return None
     *numbers, target = map(int, re.findall(r"(-?[0-9]+)(?:\.0)?", text))
@@ -217,7 +217,7 @@ def ungraded(text: str) -> dict:
 
 
 def ask_for_work(text: str) -> dict:
-    """Returns a question without an answer that asks for the tags."""
+    """Returns a question that asks for the tags and has no answer."""
     return ungraded(f"{str(text).strip()} {SHOW_WORK.format(example='42')}")
 
 
@@ -242,7 +242,7 @@ def read_gsm8k(row: dict) -> dict | None:
 def read_math(row: dict) -> dict | None:
     r"""Returns the question of a row with `problem` and `answer`.
 
-    This is the form of agentica-org/DeepScaleR-Preview-Dataset, HuggingFaceH4/aime_2024 and
+    This is the format of agentica-org/DeepScaleR-Preview-Dataset, HuggingFaceH4/aime_2024 and
     HuggingFaceH4/MATH-500. MATH itself has a `solution` with a \boxed{} answer instead.
     """
     column = "answer" if "answer" in row else "solution"
@@ -258,14 +258,14 @@ def read_math(row: dict) -> dict | None:
 
 @dataclass
 class Task:
-    """What `--task` names: where questions come from, and the reward that grades the answers."""
+    """A value of `--task`: the source of questions, and the reward that grades the answers."""
 
     reward: Callable  # reward(completion, **question["answer"]) -> 0.0 or 1.0
-    # generate(rng) -> a random question, or None to be called again. Which questions are held out
-    # is not its concern.
+    # generate(rng) -> a random question, or None to be called again. It does not have to know which
+    # questions are held out.
     generate: Callable = lambda rng: None
     dataset: str = ""  # default of --dataset; "": questions are generated
-    eval_dataset: str = ""  # default of --eval_dataset where --dataset is not given either
+    eval_dataset: str = ""  # default of --eval_dataset if --dataset is not given either
     # read(row) -> the question of a row of a dataset, or None if the row has no usable answer.
     # Missing cells are None. A KeyError is reported as a missing column.
     read: Callable = lambda row: None
@@ -304,7 +304,7 @@ TASKS = {
 
 # ---- Datasets ----------------------------------------------------------------------------------
 
-# A dataset of one split, which TinyZero cuts by position.
+# This dataset has one split, which TinyZero cuts by position.
 CUTS = {
     "Jiayi-Pan/Countdown-Tasks-3to4": {"train": "train[:327680]", "test": "train[327680:328704]"}
 }
@@ -313,9 +313,9 @@ CUTS = {
 def load_splits(option: str, dataset: str) -> tuple:
     """Returns the training split of a dataset, and its test or validation split or None.
 
-    Raises UsageError, which begins with `option`, if the dataset cannot be read.
+    Raises UsageError, whose message begins with `option`, if the dataset cannot be read.
     """
-    import datasets  # takes seconds, and generated questions do without
+    import datasets  # takes seconds, and generated questions do not need it
 
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):  # errors are reported once, below
@@ -329,9 +329,9 @@ def load_splits(option: str, dataset: str) -> tuple:
             # GSM8K has two configurations, and so has a folder with a copy of it.
             name = "main" if dataset == "openai/gsm8k" or Path(dataset, "main").is_dir() else None
             splits = datasets.load_dataset(dataset, name, split=CUTS.get(dataset))
-    except Exception as error:  # each library for a file format raises its own kinds
+    except Exception as error:  # each library for a file format raises its own exceptions
         raise UsageError(
-            f"{option}: cannot be read or has no rows, {error.__cause__ or error!r:.200}; "
+            f"{option}: cannot be read or has no rows ({error.__cause__ or error!r:.200}); "
             "try a .json, .jsonl, .csv or .parquet file, a folder of them, or a hub dataset"
         ) from error
 
@@ -342,8 +342,8 @@ def load_splits(option: str, dataset: str) -> tuple:
 def usable_rows(task: Task, fits: Callable, say: Callable, option: str, table) -> dict:
     """Returns `{key of the question: (table, row number)}` of the rows whose question fits.
 
-    `say` reports rows that are left out. Raises UsageError, which begins with `option`, if a column
-    is missing or no row is usable.
+    `say` reports rows that are left out. Raises UsageError, whose message begins with `option`, if
+    a column is missing or no row is usable.
     """
     rows, unusable, too_long = {}, 0, 0
     try:
@@ -362,8 +362,8 @@ def usable_rows(task: Task, fits: Callable, say: Callable, option: str, table) -
         ) from error
 
     count = (
-        f"{option}: {len(rows):,} questions, {unusable:,} rows left out without a usable answer, "
-        f"{too_long:,} as too long"
+        f"{option}: {len(rows):,} questions; rows left out: {unusable:,} without a usable answer, "
+        f"{too_long:,} too long"
     )
     if not rows:
         raise UsageError(f"{count}; try another --task or a smaller --max_new_tokens")
@@ -376,9 +376,9 @@ def find_rows(dataset: str, eval_dataset: str, eval_only: bool, usable: Callable
     """Returns a list of the rows to train on and a dict of those to evaluate, from usable_rows.
 
     `dataset` and `eval_dataset` are .json, .jsonl, .csv or .parquet files, folders or hub names.
-    Evaluated are the test or validation split of `eval_dataset`, or all of it if it has none.
-    Without `eval_dataset` they are the test or validation split of `dataset`, or a quarter of it if
-    it has none. No row to train on has a key among them. Raises UsageError if either has no rows.
+    Evaluation uses the test or validation split of `eval_dataset`, or all of it if there is none.
+    Without `eval_dataset`, it uses that split of `dataset`, or a quarter of `dataset` if there is
+    none. Training rows share no key with evaluation rows. Raises UsageError if either set is empty.
     """
     evaluated = {}
     if eval_dataset:
@@ -413,7 +413,7 @@ def is_held_out(key: str) -> bool:
     """Returns whether questions with this key are for evaluation only. One key in four is.
 
     Unlike hash(), SHA-256 gives the same result in every process and on every machine. The byte
-    must not change either: models trained before have not seen the questions that it holds out.
+    must not change either: existing models were not trained on the questions that it holds out.
     """
     return hashlib.sha256(key.encode()).digest()[7] % 4 == 0
 
@@ -435,8 +435,8 @@ def load_questions(
 ) -> tuple:
     """Returns the questions of a run as `(question_at, held_out)`.
 
-    `question_at(i)` is a pure function of `seed` and i: a generated question, or place i in endless
-    passes over the training rows of find_rows. `held_out` are up to `eval_questions` questions, the
+    `question_at(i)` is a pure function of `seed` and i: a generated question, or entry i of endless
+    passes over the training rows of find_rows. `held_out` has up to `eval_questions` questions, the
     same for every seed and never trained on. Questions whose prompt leaves no room for
     `max_new_tokens` are left out. `say` prints what is left out. With `ask`, that question is the
     only one. Raises UsageError if an option cannot work.
@@ -446,7 +446,7 @@ def load_questions(
     if ask:
         question = chosen.ask(ask)
         if re.search("[\ud800-\udfff]", ask) or not fits(question):
-            raise UsageError("--ask: no room beside --max_new_tokens, or not UTF-8; try less text")
+            raise UsageError("--ask: too long for --max_new_tokens or not UTF-8; try less text")
         return None, [question]
 
     if not dataset:
@@ -461,7 +461,7 @@ def load_questions(
 
 
 def held_out_questions(task: Task, evaluated: dict, count: int, draw: Callable) -> list[dict]:
-    """Returns `count` questions of the rows `evaluated`, or generated ones if there are none."""
+    """Returns `count` questions from the rows `evaluated`, or generated ones if it is empty."""
     rng = Random("held-out")
     rows = rng.sample(list(evaluated.values()), len(evaluated))
     if rows:
@@ -475,9 +475,9 @@ def held_out_questions(task: Task, evaluated: dict, count: int, draw: Callable) 
 
 
 def training_questions(task: Task, rows: list, evaluated: dict, seed: int, draw) -> Callable:
-    """Returns question_at(i) over the training `rows`, or over generated questions without rows."""
+    """Returns question_at(i) over the training `rows`, or over generated ones if it is empty."""
 
-    @lru_cache(2)  # the questions of a step may lie in two passes
+    @lru_cache(2)  # the questions of a step may span two passes
     def order(epoch: int) -> list:
         return Random(f"{seed}/{epoch}").sample(rows, len(rows))
 
@@ -493,7 +493,7 @@ def training_questions(task: Task, rows: list, evaluated: dict, seed: int, draw)
 
 
 def draw_question(name: str, fits: Callable, rng: Random, held_out: bool, taken: dict) -> dict:
-    """Returns a generated question that fits, is held out or not, and whose key is not `taken`."""
+    """Generates a question that fits, is new to `taken`, and is held out exactly if `held_out`."""
     task = TASKS[name]
     for _ in range(DRAWS):
         question = task.generate(rng)
@@ -502,15 +502,15 @@ def draw_question(name: str, fits: Callable, rng: Random, held_out: bool, taken:
             if is_held_out(key) == held_out and key not in taken:
                 return question
     raise UsageError(
-        f"--task {name}: {DRAWS:,} draws gave no more questions that are new and fit; "
+        f"--task {name}: {DRAWS:,} draws gave no new question that fits; "
         f"try --eval_questions {len(taken)}, a smaller --max_new_tokens or a --dataset"
     )
 
 
 def find_task(name: str) -> Task:
-    """Returns the task, prepared. Raises UsageError if it is unknown or a library is missing."""
+    """Prepares and returns a task. Raises UsageError if it is unknown or a library is missing."""
     if name not in TASKS:
-        raise UsageError(f"--task {name}: there are {', '.join(TASKS)}; try countdown")
+        raise UsageError(f"--task {name}: not one of {', '.join(TASKS)}; try countdown")
     try:
         TASKS[name].prepare()
     except ImportError as error:
@@ -526,10 +526,10 @@ def length_check(tokenizer, template: str, max_new_tokens: int) -> Callable:
     room = longest - max_new_tokens
     if room < 1:
         raise UsageError(
-            f"--max_new_tokens {max_new_tokens}: the model reads {longest} tokens in all; "
+            f"--max_new_tokens {max_new_tokens}: the context length is {longest} tokens; "
             f"try {longest // 2}"
         )
-    # A token has at least one byte, except a few special tokens. Most questions surely fit.
+    # Except for a few special tokens, a token has at least one byte, so most questions surely fit.
     enough = room - len(render_prompt(tokenizer, "", template).encode()) - 8
 
     def fits(question: dict) -> bool:

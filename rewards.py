@@ -1,9 +1,9 @@
 """Rule-based rewards (DeepSeek-R1, arXiv 2501.12948, section 2.2) and evaluation statistics.
 
 A reward takes a completion and returns 0.0 or 1.0. `completion` is the whole assistant turn and
-begins with the `<think>` that the prompt prefilled. Reinforcement learning exploits every error of
-a grader. A reward therefore never executes what the model wrote, compares exact values only, and
-returns within one second for any text, without an exception.
+begins with the `<think>` that the prompt prefilled. Reinforcement learning exploits every grading
+error. A reward therefore never executes what the model wrote and compares exact values only. For
+any text, it returns within one second and raises no exception.
 """
 
 import ast
@@ -50,7 +50,7 @@ def extract_answer(completion: str) -> str | None:
     """Returns the text of the last complete `<answer>…</answer>` outside the thinking, or None.
 
     A `<think>` opens the thinking and the next `</think>` closes it. Tags inside the thinking do
-    not count. Thinking that is not closed hides everything after it.
+    not count. An unclosed `<think>` hides everything after it.
     """
     # Linear even in a megabyte of "<answer>", where "<answer>.*?</answer>" would be quadratic.
     outside = [part.partition("</think>")[2] for part in completion.split("<think>")]
@@ -62,10 +62,10 @@ def extract_answer(completion: str) -> str | None:
 # --------------------------------------------------------------------------------------------------
 # Countdown
 
-# Numbers without leading zeros, + - * /, parentheses and spaces. Python's grammar knows more: **
-# and // are operations, 3(4) is a call, () is a tuple.
+# Numbers without leading zeros, + - * /, parentheses and spaces. This excludes other Python syntax
+# of the same characters: the operations ** and //, the call 3(4) and the tuple ().
 EXPRESSION = r"(?!.*(?:\*\*|//|[0-9)] ?\(|\( ?\)))(?:[-+*/() ]|(?:0|[1-9][0-9]*)(?![0-9]))+"
-# The functions in `operator` that compute the nodes of `ast`.
+# The functions of `operator` that compute the node types of `ast`.
 OPERATIONS = {
     "Add": "add",
     "Sub": "sub",
@@ -80,7 +80,7 @@ def countdown_reward(completion: str, numbers: list[int], target: int) -> float:
     """Returns 1.0 if the answer uses each of `numbers` once and its value is exactly `target`.
 
     The answer is an expression of these numbers, `+ - * /`, parentheses and white space. A sign is
-    an operation: `-3 + 5` uses 3 and 5. Task: github.com/Jiayi-Pan/TinyZero.
+    an operator: `-3 + 5` uses 3 and 5. Task: github.com/Jiayi-Pan/TinyZero.
     """
     text = " ".join((extract_answer(completion) or "").split())
     if (
@@ -133,17 +133,17 @@ def gsm8k_reward(completion: str, gold: str) -> float:
 
     `gold` is a number or GSM8K's answer text, which ends in `#### 1,234`. Dollar and percent signs,
     thousands separators, units, Markdown and trailing zeros do not matter. See `read_number` for
-    what is not an answer. Data: huggingface.co/datasets/openai/gsm8k.
+    what does not count as an answer. Data: huggingface.co/datasets/openai/gsm8k.
     """
     answer = read_number(extract_answer(completion) or "")
     return float(answer is not None and answer == read_number(gold.rpartition("####")[2]))
 
 
 def read_number(text: str) -> Fraction | None:
-    """Returns the exact value of the one number in `text`, or None if there is none or several.
+    """Returns the exact value of the only number in `text`, or None if it has none or several.
 
-    The same number twice is one number. Two different numbers are two guesses. An expression is not
-    a number, because computing its value is the model's task. Nor is `5 million` the number 5.
+    A number that appears twice counts once. Two different numbers are two guesses. An expression is
+    not a number, because computing its value is the model's task. `5 million` is not the number 5.
     """
     if len(text) > MAX_ANSWER_CHARS:
         return None
@@ -157,7 +157,7 @@ def read_number(text: str) -> Fraction | None:
 # --------------------------------------------------------------------------------------------------
 # MATH: one exact value or expression
 
-# A relation is rewritten from START to END of one member of a list. A BOUND contains no variable.
+# A relation is rewritten within one member of a list, from START to END. BOUND has no variable.
 START, END = "(?<![^;,∪«])", "(?![^;,∪»])"
 SIDE = "([^<>≠=;,∪«»]+)"
 BOUND = r"((?:[^A-Za-z\\<>≠=;,∪«»]|\\[A-Za-z]+)+)"
@@ -169,8 +169,8 @@ NOT_A_UNIT = (
     r"|over|divided|root|pi|than|not|to|[ap]\.? ?m)\b)))"
 )
 
-# `canonical` makes these replacements in this order. None of them makes two values equal. In the
-# result « » enclose a set, ⟦⟦ ⟧⟧ a matrix, and ; separates members, entries and rows.
+# `canonical` makes these replacements in this order. None of them makes different values equal. In
+# the result, « » enclose a set, ⟦⟦ ⟧⟧ a matrix, and ; separates members, entries and rows.
 CANONICAL = {
     # Spaces, delimiters and signs.
     r"\s+": " ",
@@ -242,19 +242,19 @@ RATIONAL = (
     rf"(?!--)(-?) ?(?:([0-9]+) (?={DIGITS}/{DIGITS}$))?(-?{DIGITS})(?:/(-?(?=[0.]*[1-9]){DIGITS}))?"
 )
 RELATION = "(<=|[=<≠])"
-# With one of these an answer can leave the computing to the grader: \sin 60 for \frac{\sqrt3}{2}.
+# With these, an answer could leave the computation to the grader: \sin 60 for \frac{\sqrt3}{2}.
 FUNCTION = (
     r"\\(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|binom|[lr]floor|[lr]ceil)(?![A-Za-z])"
     "|[|!]"
 )
-# x=5, f(x)=5, x_{1}=5 or (x,y)=(1,2). In (y,x)=(2,1) the values have another order than in (1,2).
+# x=5, f(x)=5, x_{1}=5 or (x,y)=(1,2). Not (y,x)=(2,1), whose values are in another order.
 NAMED = (
     rf"^(?!{FUNCTION})"
     r"(?:\\?[A-Za-z]+(?:_\{\w+\})?(?:\([a-z]\))?|\\text\{[A-Za-z ]+\}"
     r"|\((?:x;y(?:;z)?|a;b(?:;c(?:;d)?)?|m;n|p;q|r;s|u;v|r;\\theta)\))=([^=]+)$"
 )
-# What the parser reads as it is meant. It takes x^T for x, \frac{d}{dx} for a derivative, and
-# the mixed number of 2\frac{1}{2}x for a product.
+# What the parser reads correctly. It misreads x^T as x, \frac{d}{dx} as a derivative, and the mixed
+# number in 2\frac{1}{2}x as a product.
 READABLE = (
     r"(?!.*(?:\^\{?T|\\frac\{d|!!|[0-9] [0-9]|[0-9]\\frac\{[0-9.]+\}\{[0-9.]+\}))"
     rf"(?:[0-9A-Za-zα-ω+\-*/^_(){{}}.\[\] ]|{FUNCTION}|\\(?:frac|sqrt|pi|alpha|beta|gamma|delta"
@@ -271,17 +271,17 @@ def math_reward(completion: str, gold: str) -> float:
     A value may be written in many ways, `0.5` for `\frac12` or `3+2x` for `2x+3`, but nothing is
     rounded: `0.333333` is not 1/3. If the gold answer is a number, the answer must be a number too:
     `2+3` is not 5, because the question may be "What is 2+3?". Tuples and intervals keep their
-    order and brackets, sets, unions and lists of solutions have no order. Units, percent and degree
+    order and brackets. Sets, unions and lists of solutions have no order. Units, percent and degree
     signs are ignored. Notation that the parser cannot read, such as number bases, ratios and
-    `\sum`, counts as text.
+    `\sum`, is compared as text.
 
-    A comma with a space behind it or brackets around it separates two values: `81, 256` and
+    A comma that is followed by a space or inside brackets separates two values: `81, 256` and
     `(1,234)` have two. Any other comma before three digits is part of a number: `1,234` is 1234.
-    But if the gold answer is a list, so is the answer `81,256`. Two texts that differ in spaces
-    alone are equal.
+    But if the gold answer is a list, the answer `81,256` is a list, too. Two texts that differ only
+    in spaces are equal.
 
-    SymPy compares expressions, which the parser of Math-Verify has read. A comparison that needs
-    more than 0.5 s of CPU time gives 0.0. The first one waits until the libraries have loaded, see
+    The parser of Math-Verify reads expressions, and SymPy compares them. A comparison that needs
+    more than 0.5 s of CPU time gives 0.0. The first one waits until the libraries have loaded; see
     `start_math_worker`. Raises ImportError if math-verify is not installed.
 
     Data: huggingface.co/datasets/HuggingFaceH4/MATH-500, AIME, DeepScaleR.
@@ -313,7 +313,7 @@ def last_box(text: str) -> str:
 
 
 def canonical(text: str) -> tuple[str, str]:
-    """Returns `text` in canonical form twice: with `1,234` as one number, and as a list of two.
+    """Returns `text` in two canonical forms: with `1,234` as one number, and as a list of two.
 
     Both are "" if `text` is too long or has no content.
     """
@@ -396,8 +396,8 @@ def equal_in_any_order(answers: list[str], golds: list[str]) -> bool:
 def proportional(relation: str, answers: list[str], golds: list[str]) -> bool:
     """Returns whether two relations differ by a constant factor, as 4x+6y=10 and 2x+3y=5 do.
 
-    The factor compares the differences of their sides. For an inequality it must be positive.
-    Relations without a variable are not proportional: all true equations would be equal.
+    The factor is the ratio of the differences of their sides. For inequalities it must be positive.
+    Relations without a variable do not count, because then all true equations would be equal.
     """
     if relation not in "<=≠" or (relation == "=" and golds[0].isalpha()):
         return False
@@ -410,13 +410,13 @@ def proportional(relation: str, answers: list[str], golds: list[str]) -> bool:
 
 @cache
 def read(text: str) -> object:
-    """Returns the SymPy expression of a canonical text, by the parser of Math-Verify."""
+    """Returns a canonical text as a SymPy expression, read by the parser of Math-Verify."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from sympy import I, Rational, Symbol
 
     if not re.fullmatch(READABLE, text):
         return Symbol(text)
-    # The parser rounds decimals and reads 2(3) as 2 + 3. So it gets a symbol for each number.
+    # The parser rounds decimals and reads 2(3) as 2 + 3, so a symbol replaces each number.
     text = re.sub(DIGITS, r"{\\xi_{\g<0>}}", text)
     tree = latex2sympy(
         f"0+({text})",
@@ -441,9 +441,9 @@ _lock = Lock()
 def start_math_worker() -> None:
     """Starts the process that compares expressions, if it is not running. Does not wait for it.
 
-    Loading the libraries takes it a few seconds. Call this when a run starts, so that the first
-    reward need not wait. The process ends with this one. Raises ImportError if math-verify is not
-    installed.
+    The process needs a few seconds to load the libraries. Call this when a run starts, so that the
+    first reward does not have to wait. The process ends when this one does. Raises ImportError if
+    math-verify is not installed.
     """
     global _worker
     if _worker and _worker.poll() is None:
@@ -456,12 +456,12 @@ def start_math_worker() -> None:
         stdin=PIPE,
         stdout=PIPE,
         text=True,
-        start_new_session=True,  # out of reach of Ctrl-C in the terminal
+        start_new_session=True,  # Ctrl-C in the terminal does not reach it
     )
 
 
 def ask_worker(answer: str, gold: str) -> float:
-    """Returns 1.0 if the worker finds that two canonical texts are equal, within its time limit."""
+    """Returns 1.0 if the worker finds two canonical texts equal within its time limit."""
     with _lock:
         start_math_worker()
         try:
@@ -475,8 +475,8 @@ def ask_worker(answer: str, gold: str) -> float:
             raise
 
 
-# The parser and SymPy are slow when they first meet a construct. The children inherit what the
-# worker has learned from these.
+# The parser and SymPy are slow the first time that they process a construct. The children inherit
+# what the worker has cached from these.
 WARM_UP = (
     r"-\frac{1}{2}\sqrt{3}+2x^{2}\pi (x+1)^{2}-\sqrt[3]{2}*5 \frac{-3+i\sqrt{7}}{4} 2(x-1)(y+3)/4 "
     r"x^{2}+y^{2}-9 e^{2x} \sin^{2}x+\cos(2x) \log_{2}3-\ln2 a_{n}+2^{n-1} |x-2| 2\pi*r^{3}\theta "
@@ -485,9 +485,9 @@ WARM_UP = (
 
 
 def serve() -> None:
-    """Runs the worker: reads an answer and a gold answer per line, writes the reward.
+    """Runs the worker: reads an answer and a gold answer per line, and writes the reward.
 
-    Ends when its input ends, which is when the parent process does.
+    It ends when its input ends, that is, when the parent process does.
     """
     for text in WARM_UP.split():
         equal(text, "2x^{2}-3")
@@ -496,7 +496,7 @@ def serve() -> None:
             try:
                 signal.setitimer(signal.ITIMER_PROF, 0.5)  # then SIGPROF kills this child
                 os._exit(not equal(*json.loads(line)))
-            finally:  # an exception: not equal
+            finally:  # an exception counts as not equal
                 os._exit(1)
         _, status = os.wait()
         print(float(status == 0), flush=True)
@@ -518,8 +518,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def majority(answers: list[str | None], correct: list[float]) -> float:
     """Returns maj@K, also called cons@K: the reward of the most frequent of K answers.
 
-    `answers` are keys from `normalized_answer`, `correct` their rewards. Of several answers that
-    are equally frequent, the first counts. None has no vote; without any vote maj@K is 0.0.
+    `answers` are keys from `normalized_answer`, `correct` their rewards. If several answers are
+    equally frequent, the first one counts. None does not vote. Without any vote, maj@K is 0.0.
     """
     winner = max(filter(None, answers), key=answers.count, default=None)
     return correct[answers.index(winner)] if winner else 0.0
@@ -529,7 +529,7 @@ def normalized_answer(completion: str) -> str | None:
     """Returns the key under which votes for this answer are counted, or None if there is no answer.
 
     `1,234`, `$1234.0$` and `\\boxed{1234}` have the same key, for every task. Expressions are
-    compared as text: `x+1` and `1+x` have two.
+    compared as text: `x+1` and `1+x` have different keys.
     """
     key = canonical(last_box(extract_answer(completion) or ""))[0]
     value = literal(re.sub(NAMED, r"\1", key))
@@ -539,9 +539,9 @@ def normalized_answer(completion: str) -> str | None:
 def eval_metrics(samples: list[dict], k: int) -> dict:
     """Returns the metrics of an evaluation: means over questions, and `<name>_interval` for each.
 
-    `samples` are dicts with `text`, `accuracy`, `format`, `length` and `truncated`. Each k of them
-    in a row answer the same question. The metrics are `eval_pass@1`, 2, 4, … and k, `eval_maj@k` if
-    k > 1, `eval_format`, `eval_length` (in the unit of the samples) and `eval_truncated`.
+    `samples` are dicts with `text`, `accuracy`, `format`, `length` and `truncated`. Every k
+    consecutive ones answer the same question. The metrics are `eval_pass@1`, 2, 4, … and k,
+    `eval_maj@k` if k > 1, `eval_format`, `eval_length` (in the samples' unit) and `eval_truncated`.
     """
     columns = defaultdict(list)
     for start in range(0, len(samples), k):
@@ -565,8 +565,8 @@ def eval_metrics(samples: list[dict], k: int) -> dict:
 def step_means(samples: list[dict]) -> dict[str, float]:
     """Returns the means over the samples of a training step.
 
-    `equal_groups` is the share of samples with an advantage of 0, which teach nothing: all rewards
-    of their group are equal.
+    `equal_groups` is the share of samples with an advantage of 0, because all rewards of their
+    group are equal. They contribute nothing to the policy gradient.
     """
     names = ("reward", "accuracy", "format", "length", "truncated")
     means = {name: fmean(sample[name] for sample in samples) for name in names}
@@ -576,12 +576,12 @@ def step_means(samples: list[dict]) -> dict[str, float]:
 def bootstrap_interval(values: list[float], resamples: int = 1000) -> tuple[float, float]:
     """Returns the 95% percentile bootstrap interval of the mean of `values`, one for each question.
 
-    Questions are resampled, not the samples of a question. So the interval says how the mean would
-    vary over other questions of this kind. The same values always give the same interval.
+    Questions are resampled, not the samples of a question. The interval therefore shows how the
+    mean would vary over other questions of this kind. Equal values always give equal intervals.
     """
     rng = random.Random(0)
     means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(resamples))
-    outside = round(0.025 * resamples)  # on either side
+    outside = round(0.025 * resamples)  # resamples outside, on either side
     return means[outside], means[-1 - outside]
 
 
