@@ -1,37 +1,38 @@
-"""Measures steps of R1ZeroTrain.py, beside TRL's GRPOTrainer and beside what the machine allows.
+"""Measures steps of R1ZeroTrain.py, and compares them with TRL's GRPOTrainer and with the limit of the machine.
 
-    uv run --with trl tests/benchmark.py                     # both trainers; without TRL ours alone
+    uv run --with trl tests/benchmark.py                     # both trainers; without TRL, only ours
     uv run --with trl tests/benchmark.py --shape narrow --steps 3
     python3 tests/benchmark.py --device cuda --dtype bfloat16 --shape 0.5b
-    python3 tests/benchmark.py --flatness                    # what grows with the number of tokens, or of rows?
+    python3 tests/benchmark.py --flatness                    # what grows with the number of tokens or rows?
 
 `tiny` is the first 12 steps of the default run of R1ZeroTrain.py: its model, questions, rewards and learning rates.
 `narrow` (0.9 M parameters, where the overhead of calls dominates) and `wide` (43 M parameters, nearly all in a
-vocabulary of 151,936) are random models in the architecture of Qwen2, and no completion of theirs ends early, so that
-both trainers do the same work. Nothing is downloaded. Both trainers get the same weights, prompts, rewards, precision
-and options, and micro-batches of about the same size. Each trainer is a process of its own. They take turns step by
-step, and one is idle while the other works, so that a disturbance of the machine affects both. Figures are medians,
-without the first step, which warms up.
+vocabulary of 151,936) are random models with the architecture of Qwen2. Their completions never end early, so that both
+trainers do the same work. Nothing is downloaded. Both trainers get the same weights, prompts, rewards, precision and
+options, and micro-batches of about the same size. Each trainer runs in its own process. They take turns step by step,
+and one is idle while the other works, so that a disturbance of the machine affects both. Figures are medians. The first
+step is a warm-up and does not count.
 
 - sampling: from questions to completions. scoring: rewards. update: the rest of the step (advantages, the reference's
   log-probabilities, forward, backward, optimizer step).
 - tokens/s: completion tokens divided by the seconds of sampling.
 - GB: the peak resident set of the process; on CUDA the peak of torch's allocations; on MPS what the driver holds.
-- steps to 0.8, s to 0.8: up to and with the first step whose training accuracy is 0.8 or more, the first step included.
+- steps to 0.8, s to 0.8: up to and including the first step whose training accuracy is 0.8 or more, warm-up included.
 - of limit: the least time for the step's operations, at the rate of large matrix products measured between the steps,
-  divided by the time that the step took. Counted are: each prompt read once, N·T tokens decoded, a reference forward
-  and a policy forward and backward (three forwards) over N·(P + T) tokens, the head at the T positions that are
-  scored, and attention over what is visible; T is the mean length. On a GPU a decode step takes at least the time to
+  divided by the time that the step took. The operations are: each prompt read once, N·T tokens decoded, a reference
+  forward and a policy forward and backward (three forwards) over N·(P + T) tokens, the head at the T positions that are
+  scored, and attention over visible tokens; T is the mean length. On a GPU, a decode step takes at least the time to
   read its bytes (weights and KV cache) at the measured bandwidth.
 - ratio: TRL divided by ours.
 
-Why these figures: wide gains most, because logits [N, T, V] never exist as a whole. They are computed for a piece of the
-vocabulary at a time, and again in the backward pass. Of narrow's step, half is the update, near the rate of the machine's
-matrix products (1.6 of 1.8 s); half is sampling, where each row reads its own copy of its prompt's keys and values. Reading
-them once for each question took some fifty lines more and 1.19 s in place of 1.67 s, and gained nothing in the default
-run (18,000 tokens/s, 20,300 without), so it was left out. With --flatness on narrow, sampling a token takes 17 ms where 64
-are sampled and 30 ms where 1,024 are; the difference is attention, which has more to attend to. All else stays between
-0.88 and 1.00 of the first, and the update's peak memory goes from 1.17 GB with 64 rows to 1.19 GB with 512.
+Why these figures: wide gains most, because logits [N, T, V] never exist as a whole. They are computed one piece of the
+vocabulary at a time, and again in the backward pass. Half of narrow's step is the update, near the rate of the
+machine's matrix products (1.6 of 1.8 s). The other half is sampling, where each row reads its own copy of its prompt's
+keys and values. Reading them once per question took about fifty more lines and 1.19 s instead of 1.67 s, but gained
+nothing in the default run (18,000 tokens/s, 20,300 without), so it was left out. With --flatness on narrow, sampling a
+token takes 17 ms if 64 are sampled and 30 ms if 1,024 are. The difference is attention over more tokens. Everything
+else stays between 0.88 and 1.00 of the first figure, and the update's peak memory goes from 1.17 GB with 64 rows to
+1.19 GB with 512.
 
 The last line of the output is JSON with all figures.
 """
@@ -71,7 +72,7 @@ MODELS = {
     "wide": (256, 1024, 4, 4, 4, 151_936, SIZES.format(4, 8, 64)),
     "0.5b": (896, 4864, 24, 14, 2, 151_936, SIZES.format(64, 8, 512)),  # Qwen2.5's
 }
-OPTIONS = {  # of ours, and of R1ZeroTrain.py
+OPTIONS = {  # option of this file -> option of R1ZeroTrain.py
     "questions": "questions_per_step",
     "group": "group_size",
     "new_tokens": "max_new_tokens",
@@ -82,12 +83,12 @@ OPTIONS = {  # of ours, and of R1ZeroTrain.py
 
 @dataclass
 class Work:
-    """What a worker is told."""
+    """The task of a worker."""
 
     name: str  # tiny, or a model in MODELS
     words: list  # options of R1ZeroTrain.py
-    prompt_tokens: int  # tiny has its own
-    steps: int  # that count
+    prompt_tokens: int  # mean length; not used for tiny
+    steps: int  # after the warm-up
     device: str
     dtype: str
     trl_rows: int  # at most, in one of TRL's forward passes
@@ -95,7 +96,7 @@ class Work:
 
 # ---- In a worker: the model, questions and reward of both trainers --------------------------------------------------
 def reward(text: str, **_: object) -> float:
-    """The share of ones: cheap, and different for each completion."""
+    """The share of ones: cheap to compute, and different for each completion."""
     return text.count("1") / (1 + len(text))
 
 
@@ -125,7 +126,7 @@ def make_model(name: str) -> str:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|pad|>",
-        # The question alone. prompts.chat_prompt lets only templates with "equals '" drop the rest.
+        # Only the question. prompts.chat_prompt lets only templates with "equals '" drop the rest.
         chat_template="{{ messages[-1].content.split('equals ')[-1] }}",
     )
     # The EOS token comes after all tokens that the model was made for.
@@ -137,7 +138,7 @@ def make_model(name: str) -> str:
 
 
 def add_digits(prompt_tokens: int, spread: float = 0.05) -> None:
-    """The task `digits`. The length of prompts varies by `spread`, for some padding."""
+    """Adds the task `digits`. The length of prompts varies by `spread`, so that there is some padding."""
 
     def generate(rng) -> dict:
         length = round(prompt_tokens * rng.uniform(1 - spread, 1 + spread)) - len("<think>")
@@ -147,7 +148,7 @@ def add_digits(prompt_tokens: int, spread: float = 0.05) -> None:
 
 
 def make_recipe(work: Work) -> tuple:
-    """What both trainers get: our Config, the tokenizer, and the questions of all steps."""
+    """Returns what both trainers get: our Config, the tokenizer, and the questions of all steps."""
     words = [*work.words, "--device", work.device, "--dtype", work.dtype]
     if work.name != "tiny":
         add_digits(work.prompt_tokens)
@@ -168,7 +169,7 @@ def describe(policy, cfg, tokenizer, questions: list, work: Work) -> dict:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     matrices = {p for p in policy.parameters() if p.dim() > 1}
-    body = matrices - {policy.get_input_embeddings().weight, head}  # a look-up; counted by itself
+    body = matrices - {policy.get_input_embeddings().weight, head}  # a look-up; counted separately
     return {
         "questions": cfg.questions_per_step,
         "group": cfg.group_size,
@@ -190,14 +191,14 @@ def describe(policy, cfg, tokenizer, questions: list, work: Work) -> dict:
 
 
 def clock(work: Work) -> float:
-    """Seconds, once the device has finished everything that it was given."""
+    """The time in seconds, after the device has finished all its work."""
     if work.device != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def peak(work: Work) -> float:
-    """GB: see the top."""
+    """Peak memory in GB, as defined at the top."""
     if work.device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     if work.device == "mps":
@@ -228,14 +229,14 @@ def count(samples: list) -> None:
 
 
 def step_figures(work: Work) -> dict:
-    """The figures of the step that has just ended. TIMES starts again at 0."""
+    """Returns the figures of the step that has just ended, and resets TIMES."""
     update = TIMES["step"] - TIMES["sampling"] - TIMES["scoring"]
     figures = dict(TIMES) | {"update": update, "memory": peak(work)}
     TIMES.clear()
     return figures
 
 
-# ---- The workers. turn(figures) hands figures in, and returns when it is the worker's turn again --------------------
+# ---- The workers. turn(figures) reports figures, and returns when it is the worker's turn again ---------------------
 def ours(work: Work, turn: Callable) -> None:
     cfg, tokenizer, questions = make_recipe(work)
     accelerator = R1ZeroTrain.make_accelerator(cfg)
@@ -253,14 +254,14 @@ def ours(work: Work, turn: Callable) -> None:
 
 
 def sampling_only(work: Work, turn: Callable) -> None:
-    """Without updates. Measures attention too, the only part that may grow with the length."""
+    """Does no updates. Also measures attention, the only part that may grow with the length."""
     R1ZeroTrain.update = lambda *_: {}
     timed(work, "attention", torch.nn.functional, "scaled_dot_product_attention")
     ours(work, turn)
 
 
 def update_only(work: Work, turn: Callable) -> None:
-    """With made-up completions: the memory that sampling needs would hide the update's peak."""
+    """Uses made-up completions, because the memory for sampling would hide the update's peak."""
 
     def generate(policy, tokenizer, questions: list, group: int, cfg) -> R1ZeroTrain.Rollout:
         rows = len(questions) * group
@@ -281,7 +282,7 @@ def update_only(work: Work, turn: Callable) -> None:
 
 
 def trl_options(cfg, rows: int) -> dict:
-    """The options of TRL's GRPOConfig that stand for ours. That they do is shown by test_trl.py."""
+    """The options of TRL's GRPOConfig that correspond to ours, as test_trl.py shows."""
     rollout = cfg.questions_per_step * cfg.group_size
     return {
         "num_generations": cfg.group_size,
@@ -300,7 +301,7 @@ def trl_options(cfg, rows: int) -> dict:
         "epsilon_high": cfg.clip_high,
         "max_grad_norm": cfg.max_grad_norm,
         "learning_rate": cfg.lr,
-        "lr_scheduler_type": "linear",  # to 0, as ours
+        "lr_scheduler_type": "linear",  # to 0, like ours
         "adam_beta2": 0.95,  # the default is 0.999
         "weight_decay": 0.0,
         "bf16": cfg.dtype == "bfloat16",
@@ -394,7 +395,7 @@ def be_worker(kind: str, work: Work) -> None:
 
 # ---- The parent -----------------------------------------------------------------------------------------------------
 class Worker:
-    """A process that is ready once this is made. Then each call is a turn, and returns its figures."""
+    """A worker process, which is ready when the constructor returns. Each call is a turn and returns its figures."""
 
     def __init__(self, stack: ExitStack, kind: str, work: Work) -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -421,14 +422,14 @@ class Worker:
     def __call__(self) -> dict:
         print("go", file=self.process.stdin, flush=True)
         figures = self.answer()
-        # The threads of OpenMP spin for up to 0.2 s more. OMP_WAIT_POLICY=passive would prevent that, but it slows
-        # down a small model, whose step consists of thousands of short parallel loops.
+        # OpenMP threads spin for up to another 0.2 s. OMP_WAIT_POLICY=passive would prevent that, but it slows down a
+        # small model, whose step consists of thousands of short parallel loops.
         time.sleep(0.3)
         return figures
 
 
 def limit(facts: dict, work: Work) -> dict[str, float]:
-    """The least seconds of the parts of a step: see the top."""
+    """The least time for each part of a step, in seconds, as defined at the top."""
     n, p = facts["questions"] * facts["group"], facts["prompt"]
     speed = facts["operations_per_second"]
     t = facts["ours"]["tokens"] / n
@@ -456,7 +457,7 @@ def limit(facts: dict, work: Work) -> dict[str, float]:
 
 
 def compare(work: Work, names: list[str]) -> dict:
-    """The figures of the trainers, which take turns. Prints them as a table."""
+    """Returns the figures of the trainers, which take turns, and prints them as a table."""
     with ExitStack() as stack:
         workers = {name: Worker(stack, name, work) for name in (*names, "rate")}
         facts, rounds = workers["ours"].facts, []
@@ -486,7 +487,7 @@ def compare(work: Work, names: list[str]) -> dict:
         learned = [i for i, share in enumerate(accuracy, 1) if share >= 0.8]
         if learned:
             figures |= {"steps to 0.8": learned[0], "s to 0.8": sum(steps[: learned[0]])}
-        del figures["accuracy"]  # its median says little
+        del figures["accuracy"]  # its median is not meaningful
         ours = result["ours"]
         result["ratio"] = {key: figures[key] / ours[key] for key in figures if key in ours}
     about = (
@@ -502,7 +503,7 @@ def compare(work: Work, names: list[str]) -> dict:
 
 
 def print_table(lines: dict[object, dict]) -> None:
-    """The first line has all columns."""
+    """Prints figures as a table. The first line must have all columns."""
     columns = next(iter(lines.values()))
     print(f"{'':5}" + "".join(f"{column:>13}" for column in columns))
     for name, figures in lines.items():
@@ -547,15 +548,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--shape", choices=["tiny", *MODELS], help="one of them; tiny, narrow and wide otherwise")
+    add("--shape", choices=["tiny", *MODELS], help="one of them; default: tiny, narrow and wide")
     for name, option in OPTIONS.items():
         add(f"--{name}", type=int, help=f"--{option} of R1ZeroTrain.py")
-    add("--prompt_tokens", type=int, default=170, help="mean length; not of tiny")
-    add("--steps", type=int, help="steps that count, after one that warms up: 5, for tiny 11")
+    add("--prompt_tokens", type=int, default=170, help="mean length; not for tiny")
+    add("--steps", type=int, help="steps after the warm-up step; default: 5, for tiny 11")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
-    add("--trl_rows", type=int, default=16, help="at most, in one of TRL's forward passes")
-    add("--flatness", action="store_true", help="ours alone, over sizes")
+    add("--trl_rows", type=int, default=16, help="most rows in one forward pass of TRL")
+    add("--flatness", action="store_true", help="only ours, over several sizes")
     add("--worker", nargs=2, help=argparse.SUPPRESS)
     args = vars(parser.parse_args())
     if args["worker"]:

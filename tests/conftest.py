@@ -1,4 +1,4 @@
-"""What all tests share: no network, and model folders small enough to be trained in a second."""
+"""Shared by all tests: no network access, and model folders small enough to be trained in a second."""
 
 import atexit
 import os
@@ -12,7 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads spin while they wait, and pytest 
 os.environ.pop("WANDB_MODE", None)
 if os.environ.pop(
     "PYTHONDONTWRITEBYTECODE", None
-):  # or each Python that a test starts would compile torch for 6 s
+):  # otherwise each Python process that a test starts would compile torch for 6 s
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
     sys.dont_write_bytecode = False
@@ -39,7 +39,7 @@ import rewards
 from R1ZeroTrain import Rollout
 
 sys.modules["notebooks.plot_runs"] = None  # as without matplotlib: it takes two seconds to import
-ATTEMPTS: list[str] = []  # what has tried to leave this machine
+ATTEMPTS: list[str] = []  # attempts to reach another machine
 
 
 def is_local(address: object) -> bool:
@@ -50,18 +50,18 @@ def is_local(address: object) -> bool:
     try:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
-        return False  # a name
+        return False  # a host name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that neither of pytest's two processes has one left at the end."""
+    """Runs the longest tests first, so that neither of pytest's two processes has one left at the end."""
     slow = ("test_walkthrough.py", "test_tiny_base.py")
     items.sort(key=lambda item: item.path.name not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_way_out() -> Iterator[None]:
-    """Refuses every connection to, and every look-up of, another machine; `_no_network` reports it."""
+    """Refuses connections to other machines, and look-ups of their names; `_no_network` reports them."""
     patch = pytest.MonkeyPatch()
 
     def guard(owner: object, name: str, address_of) -> None:
@@ -79,7 +79,7 @@ def _no_way_out() -> Iterator[None]:
     guard(socket.socket, "connect", lambda _, address: address)
     guard(socket.socket, "connect_ex", lambda _, address: address)
     guard(socket.socket, "sendto", lambda _, data, *rest: rest[-1])
-    # A name is looked up before anything connects to it, and where there is no network that is all that happens.
+    # A name is looked up before a connection is made. Without a network, nothing but the look-up happens.
     guard(
         socket,
         "getaddrinfo",
@@ -87,20 +87,20 @@ def _no_way_out() -> Iterator[None]:
     )
     yield
     patch.undo()
-    if rewards._worker:  # otherwise Python warns at its exit that the process still runs
+    if rewards._worker:  # otherwise Python warns at exit that the process is still running
         rewards._worker.kill()
         rewards._worker.communicate()
 
 
 @pytest.fixture(autouse=True)
 def _no_network(_no_way_out: None) -> Iterator[None]:
-    """Fails a test that tried to reach another machine, even where the code under test lived with the refusal."""
+    """Fails a test that tried to reach another machine, even if the code under test handled the refusal."""
     ATTEMPTS.clear()
     yield
-    assert not ATTEMPTS, f"a test needs no network, but this one tried {ATTEMPTS}"
+    assert not ATTEMPTS, f"tests must not use the network, but this one tried {ATTEMPTS}"
 
 
-# Cuts `8 7 4=36` out of TinyZero's sentence, and leaves any other question as it is: short prompts make quick tests.
+# Extracts `8 7 4=36` from TinyZero's sentence, and leaves other questions unchanged: short prompts keep tests fast.
 CHAT_TEMPLATE = (
     "{% set asked = messages[-1].content %}"
     "{% if '[' in asked %}{{ asked.split('[')[1].split(']')[0].replace(',', '') }}="
@@ -109,8 +109,8 @@ CHAT_TEMPLATE = (
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each of the 256 bytes, in the alphabet that Qwen2Tokenizer also uses; any text survives the trip."""
-    # The special tokens come last: id 0 is text, so that taking it for padding shows.
+    """One token for each of the 256 bytes, in the alphabet of Qwen2Tokenizer; any text survives a round trip."""
+    # The special tokens come last: id 0 is text, so that mistaking it for padding makes a test fail.
     alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<|pad|>"]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -136,7 +136,7 @@ def save_model(kind: type[PretrainedConfig], folder: Path, **options: object) ->
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
-        # Far from the usual 0.02, which would be close to ignoring the context: mistakes in a cache have to show.
+        # With the usual 0.02, a model would almost ignore the context, and errors in a cache would not show.
         initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -180,7 +180,7 @@ def plain_forward(
 
 
 def letter_reward(completion: str, numbers: list[int], target: int) -> float:
-    """A reward that a random model earns now and then: without any, there would be nothing to learn from."""
+    """A reward that a random model earns from time to time. Without it, there would be nothing to learn from."""
     return float(any("a" <= c <= "z" for c in completion.removeprefix("<think>")))
 
 

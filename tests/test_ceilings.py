@@ -1,8 +1,8 @@
 """The project stays small: code tokens of the three files, lines of the README.
 
 A code token is a name, an operator, a number or a string. Comments, docstrings and white space are free, so packing
-lines tighter gains nothing: only less code does. The ceilings exist because the project is worth reading only while it
-is short. If a change does not fit, simplify something else first.
+lines more tightly gains nothing; only writing less code does. The ceilings exist because the project is worth reading
+only while it is short. If a change does not fit, simplify something else first.
 """
 
 import ast
@@ -17,7 +17,7 @@ WITH_DOCSTRING = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunction
 
 
 def code_tokens(source: str) -> int:
-    docstrings = set()  # their lines
+    docstrings = set()  # line numbers of docstrings
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, WITH_DOCSTRING) and ast.get_docstring(node) is not None:
             docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))

@@ -1,4 +1,4 @@
-"""The command line: --help documents every option, and whatever cannot work is one line that names a value that works."""
+"""The command line: --help documents every option, and an error is one line that names a value that works."""
 
 import ast
 import dataclasses
@@ -51,7 +51,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
 
 @pytest.fixture
 def refused(cli: Callable) -> Callable[..., str]:
-    """Runs a command line that cannot work: one line on stderr, which has all `mentions`, and no files."""
+    """Checks that a command line is refused: one line on stderr with all `mentions`, and no new files."""
 
     def check(words: list, *mentions: object) -> str:
         before = sorted(Path().rglob("*"))
@@ -87,7 +87,7 @@ def test_an_unknown_choice_is_refused(name: str, refused: Callable) -> None:
     "line", ["--learning_rate 1", "--step 0", "stray", "--steps", "--seed 1.5", "--wandb perhaps"]
 )
 def test_a_line_that_cannot_be_read_is_refused(line: str, refused: Callable) -> None:
-    """Abbreviations cannot be read: an option that is added later could make one ambiguous."""
+    """Abbreviations are refused, because an option that is added later could make one ambiguous."""
     refused(line.split(), line.split()[0])
 
 
@@ -210,7 +210,7 @@ def test_ask_prints_an_answer_and_grades_a_countdown(cli: Callable, tiny_llama: 
         assert code == 0 and out.startswith("<think>") and "\n\nanswer: None\n" in out
         assert out.endswith("\nwrong\n") == grade
         assert out.replace("\n", "").isprintable() and "\\x" in out, (
-            "the model has control characters"
+            "the model writes control characters"
         )
     assert not list(Path().iterdir())
 
@@ -245,7 +245,7 @@ def test_wandb_logs_offline(
 
 
 def test_real_processes(tmp_path: Path) -> None:
-    """A mistake is one line after the one on loading; Ctrl-C while loading is quiet; an import does nothing."""
+    """A usage error prints one line after the loading message, Ctrl-C while loading prints none, nor does an import."""
     check = "import R1ZeroTrain, sys, torch; assert not {'datasets', 'wandb'} & {*sys.modules}"
     check += "; assert not torch.cuda.is_initialized()"
     lines = [[SCRIPT, "--group_size", "1"], [SCRIPT], ["-c", check]]

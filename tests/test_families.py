@@ -1,7 +1,7 @@
-"""Any causal model of the hub: small random ones of many families, sampled and trained, against a plain forward pass.
+"""Small random models of many families: sampling and training are compared with a plain forward pass.
 
-The forward pass is the model's own, of one row at a time, without padding, cache or fused attention. A model whose
-numbers with padding and a cache are others is refused when it is loaded.
+The plain pass is the model's own, one row at a time, without padding, cache or fused attention. A model that gives
+other numbers with padding and a cache is refused when it is loaded.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from R1ZeroTrain import Config, forward, generate, load_policy, load_tokenizer, 
 TINY_BASE = Path(R1ZeroTrain.__file__).parent / "notebooks/tiny-base"
 WINDOW = 8  # far shorter than prompts and completions, so that a mistake in a sliding window shows
 SLIDING = ["sliding_attention", "full_attention"]
-# The initializer's range is far from the usual 0.02, which would be close to ignoring the context: mistakes in a cache
-# have to show.
+# With the usual initializer_range of 0.02, models would almost ignore the context, and errors in a cache would not
+# show.
 SMALL = {
     "vocab_size": 376,
     "hidden_size": 32,
@@ -46,7 +46,7 @@ LONGROPE = {
     "short_factor": [1.0] * 4,
     "long_factor": [2.0, 4.0, 8.0, 16.0],
 }
-# Name of the family, its config class, and what is special to it.
+# Name of the family, its config class, and its special options.
 FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen2": ("Qwen2Config", {}),
     "qwen2-windows": (
@@ -84,7 +84,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "GptOssConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
     ),
-    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),  # no positions, but distances
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),  # distances instead of positions
     # Heads that are more than a matrix product, and one that is not.
     "granite": ("GraniteConfig", {"logits_scaling": 3.0, "attention_multiplier": 0.35}),
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
@@ -105,14 +105,14 @@ def config(**options: object) -> Config:
 
 
 def save(name: str, options: dict, folder: Path) -> Path:
-    """A random model with tiny-base's tokenizer; one id in 16 ends a completion, as one of several in chat models."""
+    """A random model with tiny-base's tokenizer. Like chat models, it has several EOS tokens: one id in 16."""
     torch.manual_seed(0)
     config = getattr(transformers, name)(**SMALL | options)
     causal = type(config) in AutoModelForCausalLM._model_mapping
     model = (AutoModelForCausalLM if causal else AutoModel).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Biases, norms and routers start at 0 or 1, and would hide their part.
+            # Biases, norms and routers start at 0 or 1, where errors in their use would not show.
             parameter += 0.1 * torch.randn_like(parameter)
     if causal:
         model.generation_config.eos_token_id = list(range(1, 376, 16))
@@ -130,7 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_sampling_scores_and_gradients_equal_a_plain_forward_pass(
     family: str, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampled, and scored piece by piece of the vocabulary or all logits at once: each as by the book, in float64."""
+    """Scores with logits in pieces of the vocabulary and all at once; both must equal a plain pass in float64."""
     monkeypatch.setattr(R1ZeroTrain, "LOGITS_AT_ONCE", 10_000)
     path = str(folder(family))
     policy, tokenizer = load_policy(path), load_tokenizer(path)
@@ -179,12 +179,12 @@ def test_sampling_scores_and_gradients_equal_a_plain_forward_pass(
             for name, (actual, wanted) in pairs.items():
                 assert (actual - wanted).norm() < 1e-5 * wanted.norm(), name
         policy.plain_head = family not in OTHER_HEADS
-    assert len(lengths) > 2, "rows have to leave, else this shows little"
+    assert len(lengths) > 2, "rows must leave the batch, or this test shows little"
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3"])
 def test_experts_have_room_for_every_token(family: str, folder: Callable[[str], Path]) -> None:
-    """Were an expert to drop tokens beyond its capacity, a row would depend on how many others chose the same one."""
+    """If experts dropped tokens beyond a capacity, a row would depend on how many others chose the same expert."""
     policy = load_policy(str(folder(family)))
     rows = torch.randint(376, (33, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_experts_have_room_for_every_token(family: str, folder: Callable[[str], 
 def test_two_training_steps(
     family: str, folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Random models solve no Countdown: without a reward that some of a group earn there would be nothing to learn from.
+    # Random models solve no Countdown problem. Part of each group earns this reward, so there is something to learn.
     coin = dataclasses.replace(
         TASKS["countdown"], reward=lambda text, **_: float(sum(map(ord, text)) % 2)
     )
@@ -217,13 +217,13 @@ def test_two_training_steps(
         load_policy(str(path)).parameters() for path in (folder(family), tmp_path / "model")
     )
     changed = [not torch.equal(*pair) for pair in zip(before, after)]
-    assert sum(changed) > 0.8 * len(changed), "all but what no token was routed to"
+    assert sum(changed) > 0.8 * len(changed), "all weights but those that no token was routed to"
 
 
-def test_longrope_ends_where_it_would_turn_all_positions_anew(
+def test_longrope_context_ends_at_the_original_length(
     folder: Callable[[str], Path],
 ) -> None:
-    """Past that length the keys in the cache are turned by other angles than those of a plain forward pass."""
+    """Beyond that length, a plain forward pass rotates keys by other angles than those in the cache."""
     tokenizer = load_tokenizer(str(folder("phi3-longrope")))
     policy, question = load_policy(str(folder("phi3-longrope"))), QUESTIONS[1]
     prompt = generate(policy, tokenizer, [question], 1, config(max_new_tokens=1)).prompt_ids.shape[
@@ -236,13 +236,13 @@ def test_longrope_ends_where_it_would_turn_all_positions_anew(
 
 
 REFUSED: dict[str, tuple[str, dict]] = {
-    "mamba": ("MambaConfig", {}),  # a state in place of a cache
+    "mamba": ("MambaConfig", {}),  # a recurrent state instead of a KV cache
     "rwkv": ("RwkvConfig", {}),
     "recurrent_gemma": ("RecurrentGemmaConfig", {}),
     "jamba": ("JambaConfig", {}),
     "qwen3_next": ("Qwen3NextConfig", EXPERTS | {"num_experts": 4}),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
-    "t5": ("T5Config", {"d_model": 32, "d_ff": 32}),  # not from left to right
+    "t5": ("T5Config", {"d_model": 32, "d_ff": 32}),  # not causal
     "bart": ("BartConfig", {"d_model": 32}),
     "bert": ("BertConfig", {}),
     "git": ("GitConfig", {"vision_config": {"image_size": 8, "patch_size": 4}}),  # ignores padding
@@ -251,7 +251,7 @@ REFUSED: dict[str, tuple[str, dict]] = {
 
 
 def refusal(words: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a run ends before it has a directory."""
+    """The one line that a run prints if it is refused before it creates a directory."""
     capsys.readouterr()
     assert R1ZeroTrain.run([*words.split(), "--run_dir", str(run_dir)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -267,7 +267,7 @@ def test_a_model_that_gives_other_numbers_is_refused(
     words = f"--model {model} --eval_questions 4 --max_new_tokens 9"
     line = refusal(words, tmp_path / "run", capsys)
     assert line.startswith(f"R1ZeroTrain.py: --model {model}: cannot be loaded (")
-    reason = "AutoModelForCausalLM" if family == "t5" else "(it gives other probabilities"
+    reason = "AutoModelForCausalLM" if family == "t5" else "(its probabilities change"
     assert reason in line and "; try " in line
 
 

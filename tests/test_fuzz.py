@@ -1,6 +1,7 @@
-"""Whatever is in a file or on the command line: a result, or one line that says what is wrong.
+"""Any file and any command line gives a result, or one line that says what is wrong.
 
-Each property has a short form, always of the same examples, and a long one of other examples, ten minutes in all:
+Each property has a short form, which always uses the same examples, and a long form with other examples. The long
+forms take ten minutes in all:
 
     uv run --group dev pytest -m study tests/test_fuzz.py
 """
@@ -39,7 +40,7 @@ from R1ZeroTrain import (
 
 @pytest.fixture(params=[0, pytest.param(75, marks=pytest.mark.study)], ids=["short", "long"])
 def fuzz(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture) -> Callable[..., None]:
-    """fuzz(check, values, examples) checks so many values, and in the long form others for 75 s more."""
+    """fuzz(check, values, examples) checks that many values and, in the long form, others for 75 s more."""
 
     def run(check: Callable[[object], None], values: st.SearchStrategy, examples: int) -> None:
         began = time.monotonic()
@@ -54,7 +55,7 @@ def fuzz(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture) -> Calla
 
 
 def refusal(call: Callable[..., object], *args: object) -> str | None:
-    """The message of the UsageError, None if there is none. Everything else that is raised fails the test."""
+    """The message of the UsageError, or None if there is none. Any other exception fails the test."""
     try:
         call(*args)
     except UsageError as error:
@@ -89,7 +90,7 @@ cells = st.recursive(plain, deeper, max_leaves=6)
 BITS = rb'\n|\r|"|\"|,|{|}|[|]|null|NaN|-Infinity|1e999|{"data": |\ud800|PAR1|{"nums": [1, 2], "target": 3}'
 SPECIAL = [b"\n", b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"PK\x03\x04", b"\x1f\x8b\x08"]
 bits = st.binary(max_size=30) | st.sampled_from([*BITS.split(b"|"), *SPECIAL, b"9" * 5000])
-DEEP = st.sampled_from([b"[" * 5000, b'{"a":' * 2000])  # which pyarrow does not survive
+DEEP = st.sampled_from([b"[" * 5000, b'{"a":' * 2000])  # these crash pyarrow
 
 
 def with_bits(
@@ -102,13 +103,13 @@ def with_bits(
 
 
 def earned(task: str, question: dict) -> bool:
-    """Whether the reward pays for the answer itself. Not every Countdown problem has a solution."""
+    """Whether the gold answer earns the reward. Countdown always passes: not every problem has a solution."""
     gold = question["answer"].get("gold")
     completion = f"<think></think><answer>{gold}</answer>"
     return task == "countdown" or TASKS[task].reward(completion, gold) == 1.0
 
 
-def test_any_row_is_none_or_a_question_that_can_be_earned(fuzz: Callable[..., None]) -> None:
+def test_any_row_gives_none_or_a_question_that_can_be_answered(fuzz: Callable[..., None]) -> None:
     def check(case: tuple[str, object, object]) -> None:
         task, *values = case
         question = TASKS[task].read(dict(zip(GOOD[task][0], values, strict=True)))
@@ -132,7 +133,7 @@ def as_bytes(suffix: str, rows: list, names: list) -> bytes:
 
 @st.composite
 def files(draw: st.DrawFn) -> tuple[str, str, bytes]:
-    """A task, a suffix, and what such a file holds: odd rows among good ones, then odd bytes among those."""
+    """A task, a suffix, and the content of such a file: good rows mixed with odd rows and odd bytes."""
     task, suffix = draw(tasks), draw(st.sampled_from([".json", ".jsonl", ".csv", ".parquet"]))
     rows: list = list(GOOD[task])
     names = [*rows[0], "other"]
@@ -142,7 +143,7 @@ def files(draw: st.DrawFn) -> tuple[str, str, bytes]:
             rows.insert(draw(st.integers(0, len(rows))), row)
     content = as_bytes(suffix, rows, names)
     content = draw(st.just(content) | with_bits(content, bits))
-    assume(not re.match(rb"[\[\s]*null", content))  # pyarrow does not survive this either
+    assume(not re.match(rb"[\[\s]*null", content))  # this crashes pyarrow, too
     return task, suffix, content
 
 
@@ -154,7 +155,7 @@ def test_any_file_is_refused_in_a_line_or_read(
 
     def check(case: tuple[str, str, bytes]) -> None:
         task, suffix, content = case
-        path = tmp_path / f"{next(numbers)}{suffix}"  # the cache would have one of an old name
+        path = tmp_path / f"{next(numbers)}{suffix}"  # `datasets` caches files by name
         path.write_bytes(content)
 
         def load() -> None:
@@ -230,7 +231,7 @@ def with_damage(folder: Path) -> st.SearchStrategy[tuple[str, bytes]]:
 
 
 def test_any_files_of_a_run(fuzz: Callable[..., None], tmp_path: Path) -> None:
-    """Damaged ones are refused where they cannot be read, and a checkpoint unless nothing in it has changed."""
+    """Damaged files are refused if they cannot be read, a damaged checkpoint unless its content is unchanged."""
     policy = torch.nn.Linear(1, 1)
     run_dir = tmp_path / "run"
     good = vars(Config())

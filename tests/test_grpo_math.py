@@ -20,7 +20,7 @@ from R1ZeroTrain import Config, Rollout, group_advantages, grpo_loss, token_weig
 
 LOSSES = pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
 KL_BETAS = pytest.mark.parametrize("kl_beta", [0.0, 0.3])
-LOW, HIGH = 0.2, 0.28  # unequal, so that exchanging the two sides shows
+LOW, HIGH = 0.2, 0.28  # unequal, so that swapping the two bounds makes a test fail
 LN2 = math.log(2)
 
 
@@ -40,7 +40,7 @@ def oracle_weights(lengths: list[int], loss: str, max_new_tokens: int) -> list[f
 
 
 def oracle(case: dict) -> Counter:
-    """Equation 1 token by token. Rounding is relative to `scale` and `kl_scale`: the sizes of all that is added up."""
+    """Equation 1 token by token. Rounding is relative to `scale` and `kl_scale`, the sums of the terms' magnitudes."""
     sums = Counter()
     for i, t in zip(*case["mask"].nonzero()):
         advantage, weight = float(case["advantages"][i]), float(case["weights"][i])
@@ -62,16 +62,16 @@ def oracle(case: dict) -> Counter:
 def make_case(
     seed: int, loss: str = "grpo", kl_beta: float = 0.04, dtype: type = np.float64
 ) -> dict:
-    """Random rollout: ragged lengths, some all-equal groups, huge finite values in the padding, no token on a kink."""
+    """A random rollout: ragged lengths, some all-equal groups, huge finite values in padding, no ratio at a bound."""
     rng = np.random.default_rng(seed)
     questions, group_size, width = rng.integers([1, 2, 1], [5, 6, 13])
-    # Exact in float32 and far apart: the 1e-6 asked of the loss is then not used up by the subtraction r - mean.
+    # Exact in float32 and far apart, so that r - mean does not use up the tolerance of 1e-6 on the loss.
     rewards = rng.choice([0.0, 0.5, 1.0, 1.5], (questions, group_size))
     lengths = rng.integers(1, width + 1, rewards.size)
     mask = np.arange(width) < lengths[:, None]
     logp = -rng.exponential(2.0, mask.shape).astype(dtype)
     logp_old, logp_ref = (logp - rng.normal(0, s, mask.shape).astype(dtype) for s in (0.4, 0.5))
-    # On a clip bound rounding decides whether a token counts as clipped, and finite differences straddle two slopes.
+    # At a clip bound, rounding decides whether a token counts as clipped, and finite differences straddle two slopes.
     for bound in (1 - LOW, 1 + HIGH):
         logp_old[abs(np.exp(logp - logp_old) - bound) < 5e-3] -= 0.02
     for values in (logp, logp_old, logp_ref):
@@ -90,7 +90,7 @@ def make_case(
 
 
 def evaluate(case: dict, **changed: object) -> tuple[Tensor, Tensor, dict]:
-    """grpo_loss of a case: (loss, its gradient in logp, metrics)."""
+    """grpo_loss of a case: (loss, its gradient with respect to logp, metrics)."""
     case = case | {"clip_low": LOW, "clip_high": HIGH} | changed
     case.pop("rollout", None)
     case = {k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in case.items()}
@@ -100,7 +100,7 @@ def evaluate(case: dict, **changed: object) -> tuple[Tensor, Tensor, dict]:
     logp = case["logp"].requires_grad_()
     loss, metrics = grpo_loss(**case)
     (gradient,) = torch.autograd.grad(loss, logp)
-    assert all(torch.equal(case[k], v) for k, v in before.items()), "an argument was written into"
+    assert all(torch.equal(case[k], v) for k, v in before.items()), "an argument was modified"
     assert loss.shape == () and loss.dtype == gradient.dtype == logp.dtype
     assert set(metrics) == {"clip_fraction", *(["kl"] if case["kl_beta"] else [])}
     return loss.detach(), gradient, {name: float(value) for name, value in metrics.items()}
@@ -132,7 +132,7 @@ def assert_close(case: dict, got: tuple, expected: dict | tuple, tolerance: floa
         ([3, 1, 2], [0.99990001, -0.99990001, 0.0]),
         # a format reward for all and one right answer: the shared 0.1 cancels
         ([0.1, 1.1, 0.1, 0.1], [-0.499900, 1.499700, -0.499900, -0.499900]),
-        # std 5e-4 is of the size of the 1e-4 beside it: 7.5e-4 / 6e-4
+        # std 5e-4 is of the order of the 1e-4 added to it: 7.5e-4 / 6e-4
         ([1e-3, 0, 0, 0], [1.25, -0.4166667, -0.4166667, -0.4166667]),
     ],
 )
@@ -152,7 +152,7 @@ def test_advantages_without_scaling_only_subtract_the_mean() -> None:
 @pytest.mark.parametrize("scale", ["group", "none"])
 @pytest.mark.parametrize("group_size", [2, 3, 5, 6, 7, 8, 10, 11, 16, 33, 64])
 def test_all_equal_groups_are_exactly_zero(scale: str, group_size: int) -> None:
-    # The mean of several 0.1 is not 0.1 in float32; what is left would be divided by little more than 1e-4.
+    # In float32, the mean of several 0.1 is not 0.1; the difference would be divided by little more than 1e-4.
     values = torch.tensor([0.0, 1.0, 0.1, 0.2, 0.3, 0.7, 1.1, 1 / 3, -0.1, 1e-8, 12345.678])
     rewards = torch.cat([values[:, None].repeat(1, group_size), torch.arange(group_size)[None]])
     advantages = group_advantages(rewards, scale).view(-1, group_size)
@@ -172,7 +172,7 @@ def test_advantages_against_the_oracle(seed: int) -> None:
         assert advantages.tolist() == approx(expected, rel=0, abs=3e-6)
         before = rewards.clone()
         advantages.add_(1)
-        assert torch.equal(rewards, before), "the result has memory of its own"
+        assert torch.equal(rewards, before), "the result shares no memory with its input"
 
 
 # --- token weights ---------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_advantages_against_the_oracle(seed: int) -> None:
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [
-        ("grpo", [1 / 3, 1 / 9, 1 / 12]),  # 1 / (len·3): times the lengths that adds up to 1
+        ("grpo", [1 / 3, 1 / 9, 1 / 12]),  # 1 / (len·3); times the lengths, they add up to 1
         ("dapo", [1 / 8, 1 / 8, 1 / 8]),  # 1 / (1 + 3 + 4)
         ("dr_grpo", [1 / 30, 1 / 30, 1 / 30]),  # 1 / (3·10)
     ],
@@ -198,7 +198,7 @@ def test_token_weights_by_hand(loss: str, expected: list[float]) -> None:
 
 
 def tokens_by_hand(ratio: list, advantages: list, x: list, weights: list, kl_beta: float) -> dict:
-    """A case of given ratios pi / pi_old and given x = logp_ref - logp; there is no token where the ratio is 0."""
+    """A case with given ratios pi / pi_old and given x = logp_ref - logp; a ratio of 0 marks padding."""
     ratio, x = np.array(ratio), np.array(x)
     logp = np.full(ratio.shape, -2.0)
     with np.errstate(divide="ignore"):
@@ -219,17 +219,17 @@ def tokens_by_hand(ratio: list, advantages: list, x: list, weights: list, kl_bet
     ("advantage", "ratio", "loss", "gradient", "clipped"),
     # weight 1/2, clip to [0.8, 1.28]; loss = -min(ratio·A, clip(ratio)·A) / 2, its slope -ratio·A / 2 where unclipped
     [
-        (2.0, 1.5, -1.28, 0.0, 1),  # good and already likelier: no further push
-        (2.0, 0.5, -0.5, -0.5, 0),  # good and less likely: the bound below does not hold it back
-        (-2.0, 0.5, 0.8, 0.0, 1),  # bad and already unlikelier: no further push
-        (-2.0, 1.5, 1.5, 1.5, 0),  # bad and likelier: the bound above does not hold it back
+        (2.0, 1.5, -1.28, 0.0, 1),  # good and already more likely: no further push
+        (2.0, 0.5, -0.5, -0.5, 0),  # good and less likely: the lower bound does not apply
+        (-2.0, 0.5, 0.8, 0.0, 1),  # bad and already less likely: no further push
+        (-2.0, 1.5, 1.5, 1.5, 0),  # bad and more likely: the upper bound does not apply
         (2.0, 1.25, -1.25, -1.25, 0),  # inside, but beyond 1 + clip_low
         (2.0, 1.3, -1.28, 0.0, 1),
         (-2.0, 0.75, 0.8, 0.0, 1),  # outside, though above 1 - clip_high
         (-2.0, 0.85, 0.85, 0.85, 0),
         (-2.0, 1.25, 1.25, 1.25, 0),
         (2.0, 0.75, -0.75, -0.75, 0),
-        (0.0, 1.5, 0.0, 0.0, 0),  # no advantage: both bounds give 0, neither is active
+        (0.0, 1.5, 0.0, 0.0, 0),  # advantage 0: both terms are 0, and no bound is active
         (0.0, 0.5, 0.0, 0.0, 0),
     ],
 )
@@ -321,7 +321,7 @@ def test_gradient_against_finite_differences_of_the_oracle(loss: str, kl_beta: f
 @KL_BETAS
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_padding_does_not_matter(kl_beta: float, dtype: type) -> None:
-    # Most of these overflow exp to inf: multiplied by a mask of 0 that is NaN, in the loss or in its gradient.
+    # With most of these, exp overflows to inf, and inf times a mask of 0 is NaN, in the loss or in its gradient.
     fillings = [(50, 50, 50), (50, -1e4, -1e4), (-1e4, 50, 50), (50, -1e4, 50), (-1e4, 0, 0)]
     for seed in range(400, 405):
         case = make_case(seed, "dapo", kl_beta, dtype)
@@ -362,7 +362,7 @@ def test_micro_batches_add_up_to_the_whole(loss: str, kl_beta: float) -> None:
 
 @LOSSES
 def test_first_update_is_exact(loss: str) -> None:
-    # Powers of two everywhere but in logp: sums are exact in any order, so equality can be asked for.
+    # Except for logp, all values are powers of two: sums are exact in any order, so the test can require equality.
     lengths = torch.tensor([1, 2, 4, 8, 8, 4, 4, 1])  # 8 rows, 32 tokens
     logp = -3 * torch.rand(8, 8, generator=torch.Generator().manual_seed(1)) - 0.001
     case = {
@@ -382,7 +382,7 @@ def test_first_update_is_exact(loss: str) -> None:
 
 @LOSSES
 def test_weights_are_those_of_all_processes(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of two processes, whose gradients DDP averages: each has twice its share of the sum."""
+    """Runs the second of two processes. DDP averages gradients, so each process has twice its share of the sum."""
     lengths, advantages = torch.tensor([4, 2, 1, 3]), torch.tensor([1.0, -2.0])
     ids = torch.where(torch.arange(4) < lengths[2:, None], 7, -1)
     rollout = Rollout(ids, ids, lengths[2:], lengths[2:] == 4, torch.zeros(2, 4), [])
@@ -431,6 +431,6 @@ def test_k3_is_never_negative(dtype: type) -> None:
 def test_k3_is_unbiased(seed: int) -> None:
     rng = np.random.default_rng(seed)
     p, q = rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(6))
-    # Rows are the outcomes, each weighted with the policy's probability of it: the loss is E_{x~p}[k3].
+    # Rows are the outcomes, each weighted by its probability under the policy: the loss is E_{x~p}[k3].
     case = tokens_by_hand([[1.0]] * 6, [0.0] * 6, np.log(q / p)[:, None], p, 1.0)
     assert float(evaluate(case)[0]) == approx((p * np.log(p / q)).sum(), rel=1e-12)

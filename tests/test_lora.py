@@ -1,8 +1,9 @@
-"""--lora_rank: only adapters are trained and saved, the reference is the base itself, and model/ holds plain weights.
+"""--lora_rank: only adapters are trained and saved, the reference is the base model, and model/ has plain weights.
 
-Measured with `uv run --extra lora R1ZeroTrain.py --lora_rank 8`, whose learning rate is five times that of full training:
-held-out pass@1 ends at 0.889, 0.916 and 0.896 with seeds 0, 1 and 2, after 2:26 to 2:41 minutes on 2 cores, with a peak of
-1.2 to 1.3 GB. With ten times, as in "LoRA Without Regret", one of the three seeds ended at 0.861.
+Measured with `uv run --extra lora R1ZeroTrain.py --lora_rank 8`, whose learning rate is five times that of full
+training: held-out pass@1 ends at 0.889, 0.916 and 0.896 with seeds 0, 1 and 2, after 2:26 to 2:41 minutes on 2 cores,
+with a peak of 1.2 to 1.3 GB. With ten times that rate, as in "LoRA Without Regret", one of the three seeds ended at
+0.861.
 """
 
 import signal
@@ -60,7 +61,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_begins_as_the_base_and_shares_its_weights(words: list, dtype: str) -> None:
+def test_the_policy_starts_as_the_base_and_shares_its_weights(words: list, dtype: str) -> None:
     base = load_policy(words[words.index("--model") + 1])
     policy, reference, sampler, _ = models([*words, "--dtype", dtype])
     assert sampler is policy
@@ -73,7 +74,7 @@ def test_it_begins_as_the_base_and_shares_its_weights(words: list, dtype: str) -
         assert logits(policy).equal(logits(reference)) and logits(reference).equal(logits(base))
 
 
-def test_all_linear_layers_but_the_head_are_adapted(words: list) -> None:
+def test_all_linear_layers_except_the_head_have_adapters(words: list) -> None:
     policy = models(words)[0]
     adapted = {
         name.split(".")[-1] for name, x in policy.named_modules() if hasattr(x, "base_layer")
@@ -84,13 +85,13 @@ def test_all_linear_layers_but_the_head_are_adapted(words: list) -> None:
             assert layer.scaling["default"] == 32 / 4 and layer.lora_A["default"].out_features == 4
 
 
-def test_what_a_run_leaves(words: list, finished: Path) -> None:
+def test_a_run_saves_adapters_and_a_merged_model(words: list, finished: Path) -> None:
     lines = read_lines(finished)
     assert lines[0]["kl"] == 0 and lines[0]["grad_norm"] > 0 and lines[-1]["kl"] > 1e-4
     weights = read_checkpoint(str(finished))[1]["weights"]
-    assert weights and all(4 in weight.shape for weight in weights), "adapters of rank 4 alone"
+    assert weights and all(4 in weight.shape for weight in weights), "only adapters of rank 4"
 
-    # The base has not changed by a bit, and model/ answers as the base with its adapters.
+    # The base is unchanged bit for bit, and model/ computes the same as the base with its adapters.
     base = load_policy(words[words.index("--model") + 1])
     policy, reference, _, _ = models(words, finished)
     for weight, untrained in zip(reference.parameters(), base.parameters(), strict=True):
@@ -104,8 +105,8 @@ def test_what_a_run_leaves(words: list, finished: Path) -> None:
     assert not torch.allclose(logits(merged), logits(base), atol=1e-2)
 
 
-def test_its_gradients_are_those_of_a_plain_forward_pass(words: list) -> None:
-    """Of logp of sampled tokens; the head is frozen, so that it gets none."""
+def test_gradients_equal_those_of_a_plain_forward_pass(words: list) -> None:
+    """Gradients of the logp of sampled tokens. The head is frozen and gets none."""
     cfg = parse_config([*words, "--run_dir", "not written", "--max_new_tokens", "12"])
     policy = models(words)[0]
     with torch.no_grad():
@@ -131,7 +132,7 @@ def test_its_gradients_are_those_of_a_plain_forward_pass(words: list) -> None:
 @pytest.mark.parametrize(
     ("sent", "function", "nth"), [(signal.SIGKILL, "train_step", 70), (15, "main", 130)]
 )
-def test_a_run_that_is_ended_ends_as_if_it_had_not_been(
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     sent: int, function: str, nth: int, words: list, finished: Path, tmp_path: Path
 ) -> None:
     kill = partial(signal_at, sent, function, nth)
@@ -178,9 +179,9 @@ def test_the_learning_rate_is_five_times_that_of_the_recipe() -> None:
 
 def test_resume_keeps_its_rank_and_its_learning_rate(finished: Path) -> None:
     assert parse_config(["--resume", str(finished)]).lr == 0.01
-    with pytest.raises(UsageError, match="--lora_rank 0: a run keeps its own"):
+    with pytest.raises(UsageError, match="--lora_rank 0: fixed by --resume"):
         parse_config(["--resume", str(finished), "--lora_rank", "0"])
-    with pytest.raises(UsageError, match="--lora_rank 8: a run keeps its own"):
+    with pytest.raises(UsageError, match="--lora_rank 8: fixed by --resume"):
         parse_config(["--resume", str(finished), "--ask", "1 2 = 3", "--lora_rank", "8"])
 
 

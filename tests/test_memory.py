@@ -1,4 +1,4 @@
-"""The plan of a run's memory: what it counts, what the start of a run says, and (a study) what a run really takes."""
+"""The memory plan: what it counts, what a run prints at its start, and (in a study) what a run really takes."""
 
 import os
 import re
@@ -26,7 +26,7 @@ CONFIG = LlamaConfig(
 # A layer: q and o [64, 64], k and v [32, 64], gate and up [100, 64], down [64, 100], two norms [64].
 LAYER = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 100 + 2 * 64
 WEIGHTS = 3 * LAYER + 1000 * 64 + 64
-THROUGH = 3 * (2 * 128 + 2 * 96 + 3 * 164 + 2 * 64)  # what the layers read and write of a token
+THROUGH = 3 * (2 * 128 + 2 * 96 + 3 * 164 + 2 * 64)  # what the layers read and write per token
 KV = 3 * 2 * 32
 
 
@@ -60,7 +60,7 @@ def test_bfloat16_halves_what_is_not_trained() -> None:
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_lora_trains_adapters_and_copies_nothing(dtype: str, size: int) -> None:
-    adapters = 8 * THROUGH  # as if norms had some too
+    adapters = 8 * THROUGH  # the plan counts adapters for norms, too
     got = plan(dtype=dtype, lora_rank=8)
     wanted = gb(weights=WEIGHTS * size + 4 * adapters, adam=14 * adapters, reference=0, sampler=0)
     assert {name: got[name] for name in wanted} == wanted
@@ -78,15 +78,15 @@ def test_the_start_of_a_run_says_what_it_will_do(
 ) -> None:
     task, memory, *_ = said(tiny_llama, tmp_path, capsys)
     assert re.fullmatch(
-        rf"countdown: 0 questions to train on, 4 held out, (chat|base) template, into {tmp_path}/run/",
+        rf"countdown: 0 questions to train on, 4 held out, (chat|base) template, output in {tmp_path}/run/",
         task,
     )
     parts = r"weights (\S+), gradients and Adam \S+, reference \S+, sampler \S+, KV cache \S+, "
     start = f"{tiny_llama} in float32 on cpu, memory "
-    assert re.fullmatch(rf"{start}\S+ GB of \S+ \({parts}micro-batch \S+\)", memory)
+    assert re.fullmatch(rf"{start}\S+ GB of \S+ free \({parts}micro-batch \S+\)", memory)
 
 
-def test_it_names_the_options_that_make_it_fit_and_goes_on(
+def test_a_run_that_may_not_fit_names_options_that_help_and_goes_on(
     tiny_llama: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -95,7 +95,7 @@ def test_it_names_the_options_that_make_it_fit_and_goes_on(
     little = type("", (), {"available": 1_000_000})
     monkeypatch.setattr(R1ZeroTrain.psutil, "virtual_memory", lambda: little)
     task, memory, *_ = said(tiny_llama, tmp_path, capsys, "--template", "base")
-    assert "base template" in task and " GB of 0.00 (" in memory
+    assert "base template" in task and " GB of 0.00 free (" in memory
     for option in ("--lora_rank 16", "--gradient_checkpointing", "--tokens_per_microbatch 1024"):
         assert option in memory.split("; try ")[1]
     assert len(read_lines(tmp_path / "run")) == 1
@@ -105,7 +105,7 @@ def test_it_names_the_options_that_make_it_fit_and_goes_on(
 
 
 def peak_of_a_run(shape: str, words: list[str], folder: str) -> None:
-    """In a process of its own: prints the model's parameters, the plan and the peak less what imports hold, in GB."""
+    """In its own process: prints the model's parameters, the plan and the peak minus the memory of imports, in GB."""
     import benchmark  # the shapes
 
     benchmark.add_digits(prompt := 170, spread=0)
@@ -113,7 +113,7 @@ def peak_of_a_run(shape: str, words: list[str], folder: str) -> None:
     words += ["--eval_questions", "8"]
     words += ["--model", folder, "--run_dir", f"{folder}/run{os.getpid()}"]
     before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     assert run(words) == 0
     peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     total = sum(
@@ -128,7 +128,7 @@ def peak_of_a_run(shape: str, words: list[str], folder: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("shape", ["narrow", "wide"])
 def test_a_run_takes_what_the_plan_says(shape: str, tmp_path: Path) -> None:
-    """Within 20%, and LoRA takes at most half of full training where the model is large."""
+    """The plan is right within 20%, and for the large model LoRA takes at most half the memory of full training."""
     make = f"""import sys; sys.argv.append("--worker"); import benchmark, os
 os.rename(benchmark.make_model("{shape}"), "{tmp_path}/model")"""
     tests = str(Path(__file__).parent)

@@ -1,17 +1,17 @@
-"""A proof that a run needs nothing that MPS, the GPU of a Mac, lacks: for machines that have none.
+"""Proves, on machines without MPS (the GPU of a Mac), that a run uses nothing that MPS lacks.
 
-`OnMPS` is a tensor that says it lives on `mps:0`, keeps its numbers on the CPU, and refuses what MPS refuses: an
+`OnMPS` is a tensor that reports the device `mps:0`, keeps its data on the CPU, and refuses what MPS refuses: an
 operator without a kernel, float64, a second operand that was left on the CPU, `.numpy()`. The whole of `main` runs on
-it: sampling, update, AdamW, evaluation, checkpoint, saving. The device path is thus what takes or makes such a tensor,
-backward included; what is done with plain tensors, like the report, is not on it.
+it: sampling, update, AdamW, evaluation, checkpoint, saving. The device path is every operation that takes or makes such
+a tensor, backward included. Work on plain tensors, like the report, is not on it.
 
-An operator has an MPS kernel if torch's own native_functions.yaml, which every torch brings along, declares one for it
-or for the out= variant that it delegates to. One without is run as MPS would: by the kernel in the dispatcher's MPS
-slot, which is there if the operator is composed of others (they come back here one by one) and is missing otherwise, so
-that torch itself raises what a Mac would. PYTORCH_ENABLE_MPS_FALLBACK, which would hide a missing kernel, has no say.
+An operator has an MPS kernel if native_functions.yaml, which is part of torch, declares one for it or for the out=
+variant that it delegates to. An operator without one runs as on MPS, by the kernel in the dispatcher's MPS slot. If the
+operator is composed of others, this kernel exists, and the parts are dispatched here one by one. Otherwise torch raises
+the error that a Mac would raise. PYTORCH_ENABLE_MPS_FALLBACK, which would hide a missing kernel, has no effect.
 
-What no test here can see: whether an MPS kernel is right, whether it is new in this torch, and autocast, as bfloat16 is
-not the default.
+These tests cannot see whether an MPS kernel is correct or whether it is new in this version of torch. They do not test
+autocast, because bfloat16 is not the default.
 """
 
 import collections
@@ -44,11 +44,11 @@ CPU_INDICES = (
     "index_put",
     "index_put_",
     "_index_put_impl_",
-)  # which move them to the device
+)  # these operators move indices to the device
 
 
 def declared() -> set[str]:
-    """The operators with a kernel for MPS, as `name.overload`: their own, or that of the out= they delegate to."""
+    """The operators with a kernel for MPS, as `name.overload`: their own, or that of the out= variant that they use."""
     path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
     rows = yaml.load(path.read_text(), yaml.CSafeLoader)
     entries = {row["func"].partition("(")[0]: row for row in rows}
@@ -63,7 +63,7 @@ KERNELS = declared()
 
 
 class OnMPS(Tensor):
-    """See above. C++ takes it for a meta tensor, so that what C++ makes like it is told from what is on the CPU."""
+    """See above. To C++ it is a meta tensor, so that tensors that C++ makes like it differ from those on the CPU."""
 
     @staticmethod
     def __new__(cls, kept: Tensor) -> "OnMPS":
@@ -93,7 +93,7 @@ class OnMPS(Tensor):
 
 
 class PretendMPS(TorchDispatchMode):
-    """Sees what makes a tensor on the device out of none that is there."""
+    """Intercepts operators that make a tensor on the device without taking one."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         return dispatch(operator, args, kwargs or {})
@@ -103,30 +103,30 @@ SEEN: collections.Counter[str] = collections.Counter()  # operators on the devic
 
 
 def dispatch(operator, args: tuple, kwargs: dict) -> object:
-    """An operator on the device, or off it; raises what MPS would."""
+    """Runs an operator, on the device or off it. Raises what MPS would raise."""
     name, leaves = operator.__name__.removesuffix(".default"), tree_leaves((args, kwargs))
     here = [x for x in leaves if isinstance(x, OnMPS)]
     to = next((x.type for x in leaves if isinstance(x, torch.device)), None)
     if not here and to not in ("mps", "meta"):
         return operator(*args, **kwargs)
     SEEN[name] += 1
-    copies = name in ("_to_copy", "copy_")  # between devices: each has code of its own for it
+    copies = name in ("_to_copy", "copy_")  # between devices: every device has its own code for it
     given = [args[0], *args[2:]] if name in CPU_INDICES else leaves
-    # A tensor without dimensions is a number, which may be anywhere.
+    # A tensor without dimensions is a scalar, which may be on any device.
     elsewhere = [x for x in given if isinstance(x, Tensor) and x.dim() and not isinstance(x, OnMPS)]
     if here and elsewhere and not copies:
         raise RuntimeError(f"{name}: Expected all tensors to be on the same device")
-    if not (name in KERNELS or copies or operator.is_view):  # a view has nothing to compute
+    if not (name in KERNELS or copies or operator.is_view):  # a view computes nothing
         there = {"device": torch.device("meta")} if "device" in kwargs else {}
         with PretendMPS():
             parts = operator.redispatch(DispatchKeySet(DispatchKey.MPS), *args, **kwargs | there)
-        if operator._schema.is_mutable:  # they have written already
+        if operator._schema.is_mutable:  # the parts have already written the result
             return parts
 
     def off(x: object) -> object:
         return torch.device("cpu") if isinstance(x, torch.device) else getattr(x, "kept", x)
 
-    def on(x: Tensor) -> Tensor:  # what was written to is given back, and not another tensor
+    def on(x: Tensor) -> Tensor:  # returns the tensor that was written to, not a new one
         return ([h for h in here if h.kept is x] or [OnMPS(x)])[0]
 
     result = operator(*tree_map(off, args), **tree_map(off, kwargs))
@@ -137,23 +137,23 @@ def dispatch(operator, args: tuple, kwargs: dict) -> object:
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
-    """A machine with MPS, and nothing else; yields a list with an entry for each release of the allocator's cache."""
+    """A machine with MPS as its only accelerator. Yields a list with an entry for each release of the cache."""
     if REAL:
-        pytest.skip("there is a real one, see the last test")
+        pytest.skip("this machine has MPS; see the last test")
     released = []
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: released.append(1))
     for name in ("is_available", "is_built"):
         monkeypatch.setattr(torch.backends.mps, name, lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    # Not plain "mps": C++ would ask the machine for the number of the current one.
+    # Not plain "mps", because C++ would ask the machine for the index of the current device.
     monkeypatch.setattr(PartialState, "default_device", property(lambda self: MPS))
 
-    def load(*args: object) -> PreTrainedModel:  # on the CPU, by way of a true meta device
+    def load(*args: object) -> PreTrainedModel:  # on the CPU, via a real meta device
         with _disable_current_modes():
             return load_policy(*args)
 
     monkeypatch.setattr(R1ZeroTrain, "load_policy", load)
-    # The plan of the memory makes a true meta model, too.
+    # The memory plan makes a real meta model, too.
     monkeypatch.setattr(R1ZeroTrain, "announce", lambda *_: None)
     save = torch.save  # which copies tensors to the CPU in C++
     monkeypatch.setattr(
@@ -161,8 +161,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     )
     future, swap = torch.__future__, torch.__future__.get_swap_module_params_on_conversion()
     lift = torch._C._only_lift_cpu_tensors()
-    future.set_swap_module_params_on_conversion(True)  # .to(device) keeps parameters' identity
-    # torch.tensor(..., device=mps) makes it on the CPU, then copies it.
+    future.set_swap_module_params_on_conversion(True)  # .to(device) keeps the parameter objects
+    # torch.tensor(..., device=mps) makes the tensor on the CPU and then copies it.
     torch._C._set_only_lift_cpu_tensors(True)
     SEEN.clear()
     with PretendMPS():
@@ -187,29 +187,29 @@ def run(run_dir: Path, *more: str) -> list[dict]:
 def test_a_run_needs_nothing_that_mps_lacks(
     pretend: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # About half of the completions are rewarded: there has to be something to learn.
+    # This rewards about half of the completions, so that there is something to learn.
     parity = dataclasses.replace(
         TASKS["countdown"], reward=lambda text, **_: float(sum(map(ord, text)) % 2)
     )
     monkeypatch.setitem(TASKS, "countdown", parity)
     lines = run(tmp_path / "mps")
-    assert lines[0]["grad_norm"] > 0 and lines[1]["kl"] > 0, "it has learned nothing"
-    # Each part of a run has been seen on the device, or this has proved less than it says.
+    assert lines[0]["grad_norm"] > 0 and lines[1]["kl"] > 0, "the policy has learned nothing"
+    # Each part of a run must have been seen on the device, or this test proves less than its name says.
     assert SEEN.keys() >= {
         *("searchsorted.Tensor", "cumsum"),  # sampling
         *("embedding_dense_backward", "silu_backward"),
         *("addcdiv_", "lerp_.Scalar", "linalg_vector_norm"),  # the optimizer and the norm
     }
-    assert "uniform_" not in SEEN, "a seed gives one run on any device: it is drawn on the CPU"
+    assert "uniform_" not in SEEN, "random numbers are drawn on the CPU, for any device"
     config = R1ZeroTrain.load_policy("notebooks/tiny-base").config
-    assert config._attn_implementation == "eager", "the fused one is wrong there with padding"
-    assert len(pretend) == len(lines), "the allocator would keep a buffer for each shape it has met"
+    assert config._attn_implementation == "eager", "fused attention is wrong on MPS with padding"
+    assert len(pretend) == len(lines), "MPS would keep a buffer for each shape it has seen"
 
-    # It has computed what the CPU does, so what was seen is what a run does.
+    # The results are those of the CPU, so the operators seen are those of a real run.
     before = SEEN.total()
     for line, expected in zip(lines, run(tmp_path / "cpu", "--device", "cpu"), strict=True):
         assert line == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert SEEN.total() == before, "what is on the CPU is not on the device path"
+    assert SEEN.total() == before, "a run on the CPU is not on the device path"
 
 
 # --- the proof can fail ----------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def no_kernel(x: Tensor) -> Tensor:
         (lambda rewards, _: torch.from_numpy(rewards.flatten().numpy()), "numpy"),
     ],
 )
-def test_a_step_that_mps_cannot_do_is_refused(
+def test_an_operation_that_mps_lacks_raises(
     pretend: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant, message: str
 ) -> None:
     monkeypatch.setattr(R1ZeroTrain, "group_advantages", mutant)
@@ -253,7 +253,7 @@ def test_the_parts_of_an_operator_and_a_backward_are_seen(pretend: None) -> None
         torch.linalg.eigvals(x.outer(x))  # with a gradient: composed of eig, which has none
 
 
-def test_what_torch_declares_for_mps_is_read_rightly() -> None:
+def test_kernels_that_torch_declares_for_mps_are_found() -> None:
     own = {"searchsorted.Tensor", "embedding_dense_backward", "mm"}
     delegated = {"add.Tensor", "cumsum", "lerp_.Scalar", "isin.Tensor_Tensor", "sort.stable"}
     lacking = {"linalg_eig", "_scaled_dot_product_flash_attention_for_cpu", "_foreach_add.Scalar"}
@@ -264,7 +264,7 @@ def test_what_torch_declares_for_mps_is_read_rightly() -> None:
 
 
 @pytest.mark.skipif(not REAL, reason="needs a Mac")
-def test_a_run_on_mps_is_the_run_on_the_cpu(tmp_path: Path) -> None:
+def test_a_run_on_mps_equals_the_run_on_the_cpu(tmp_path: Path) -> None:
     lines, expected = (run(tmp_path / device, "--device", device) for device in ("mps", "cpu"))
     assert lines[0]["logp_gap"] < 1e-3, "the sampler's kernels and the trainer's agree"
     assert lines[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=0.05)

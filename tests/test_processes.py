@@ -1,11 +1,11 @@
-"""Several processes do what one does: the same completions, metrics, gradients and weights, in one run directory.
+"""Several processes give the same completions, metrics, gradients and weights as one, in one run directory.
 
-On the CPU with gloo, by DDP, in float64: rounding is far below the tolerance of 1e-5. The processes are
-forked from one that has imported torch already, so they start at once.
+They use DDP with gloo on the CPU, in float64, so that rounding is far below the tolerance of 1e-5. They are forked from
+a process that has already imported torch, so they start at once.
 
-Measured with OMP_NUM_THREADS=1, the median of `seconds` of the default recipe's steps 0 to 3: one process on one core takes
-4.05 s, two on two cores with the same 16 questions 2.71 s, a parallel efficiency of 75%. A step takes as long as its slowest
-process. With 32 questions, at step 0, where completions are equally long, the efficiency is 93%.
+Measured with OMP_NUM_THREADS=1, the median of `seconds` of the default recipe's steps 0 to 3: one process on one core
+takes 4.05 s; two on two cores take 2.71 s for the same 16 questions, a parallel efficiency of 75%. A step takes as long
+as its slowest process. With 32 questions, at step 0, where completions are equally long, the efficiency is 93%.
 """
 
 import re
@@ -35,7 +35,7 @@ OPTIONS = (
 
 
 def use(dtype: torch.dtype) -> None:
-    """What asks for float32 from here on gets `dtype`."""
+    """From here on, code that asks for float32 gets `dtype`."""
     torch.set_default_dtype(dtype)
     torch.float32, torch.Tensor.float = dtype, partialmethod(torch.Tensor.to, dtype)
 
@@ -46,7 +46,7 @@ def prepare(dtype: torch.dtype = torch.float64, stop_at: int = 0) -> None:
     use(dtype)
 
     def load(*args: object):
-        use(float32)  # as the file has it
+        use(float32)  # the dtype of the file
         policy = load_policy(*args)
         policy.generation_config.eos_token_id = list(range(0, 256, 16))
         use(dtype)
@@ -92,7 +92,7 @@ def single(words: list, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.study)])
-def test_processes_train_as_one_does(
+def test_several_processes_train_like_one(
     number: int, single: Path, words: list, tmp_path: Path
 ) -> None:
     said = launch([*words, tmp_path / "run"], tmp_path / "out", number, prepare)
@@ -101,8 +101,10 @@ def test_processes_train_as_one_does(
     assert spoke == [(1, True)] + [(0, False)] * (number - 1)
 
 
-def test_a_run_is_continued_by_other_processes(single: Path, words: list, tmp_path: Path) -> None:
-    """Stopped by Ctrl-C to each of 2 processes, then to one process alone, and finished by 2."""
+def test_a_run_can_be_resumed_by_more_or_fewer_processes(
+    single: Path, words: list, tmp_path: Path
+) -> None:
+    """Ctrl-C stops 2 processes, then the single process that resumes the run. 2 processes finish it."""
     run_dir, out = tmp_path / "run", tmp_path / "out"
     words = [*words, run_dir]
     for number, saved in ((2, 2), (1, 4)):
@@ -145,7 +147,7 @@ def test_a_process_may_have_no_question_to_evaluate(
     assert got[0] == wanted[0] and ["advantage" in sample for sample in got[:2]] == [False, True]
 
 
-def test_an_error_is_one_line_of_one_process(words: list, tmp_path: Path) -> None:
+def test_only_one_process_reports_an_error(words: list, tmp_path: Path) -> None:
     words = [*words, tmp_path / "run", "--questions_per_step", 3]
     first, second = launch(words, tmp_path / "out", 2, code=2)
     assert re.fullmatch("R1ZeroTrain.py: --questions_per_step 3: .*2 processes.*try 8.*\n", first)
@@ -156,7 +158,7 @@ def test_an_error_is_one_line_of_one_process(words: list, tmp_path: Path) -> Non
 def test_one_process_killed_ends_the_others_and_the_run_can_be_continued(
     words: list, tmp_path: Path
 ) -> None:
-    """By torchrun itself, as users start it."""
+    """Started with torchrun itself, as users do."""
     run_dir, script = tmp_path / "run", Path(R1ZeroTrain.__file__)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", script]
     command = [*torchrun, *words, run_dir, "--steps", "100000", "--save_every", "1"]

@@ -58,7 +58,7 @@ def refusal(*args, **options) -> str:
 
 
 def python(code: str, **environment: str) -> str:
-    """What a fresh Python prints; it must print no errors."""
+    """What the code prints in a new Python process, which must print no errors."""
     environment = os.environ | environment
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
@@ -68,12 +68,12 @@ def python(code: str, **environment: str) -> str:
 
 
 def numbers(questions: Iterable[dict]) -> list[int]:
-    """The first number of each question, which tells the questions of this file apart."""
+    """The first number of each question, which identifies the questions of this file."""
     return sorted(int(re.search("[0-9]+", question["question"])[0]) for question in questions)
 
 
 def sides(*args, **options) -> tuple[set[int], list[int]]:
-    """The numbers of the training questions, from the first 900 places, and of those held out."""
+    """The numbers of the training questions, from the first 900 places, and of the held-out questions."""
     question_at, held_out = load_questions(*args, **options)
     places = range(900) if question_at else ()
     return set(numbers(map(question_at, places))), numbers(held_out)
@@ -88,7 +88,7 @@ CHATML = (
 
 
 def tokenizer(chat_template: str | None = None, longest: int = 64) -> PreTrainedTokenizerFast:
-    """A token for each byte, as many as a tokenizer can make of a text, and a BOS token in front."""
+    """One token for each byte, the most that a text can give, and a BOS token in front."""
     made = byte_level_tokenizer()
     made.bos_token = bos = "<|endoftext|>"
     made.backend_tokenizer.post_processor = TemplateProcessing(
@@ -110,7 +110,7 @@ def test_base_template_is_tinyzeros() -> None:
     )
 
 
-# What the models' own templates come to for a system message and a question; raise_exception is transformers'.
+# The models' own templates, reduced to a system message and a question; raise_exception is from transformers.
 DEEPSEEK_R1_DISTILL = (
     "{% set ns = namespace(system_prompt='') %}{% for message in messages %}{% if message['role'] == 'system' %}"
     "{% set ns.system_prompt = message['content'] %}{% endif %}{% endfor %}{{ bos_token }}{{ ns.system_prompt }}"
@@ -133,9 +133,9 @@ GEMMA = (
     " + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 MISTRAL = f"{{{{ bos_token }}}}{ALTERNATE}{{{{ '[INST] ' + message['content'] + ' [/INST]' }}}}{{% endfor %}}"
-BARE = "{{ messages[-1].content }}"  # nothing behind the question
+BARE = "{{ messages[-1].content }}"  # nothing after the question
 CLOSED = CHATML.replace("assistant\n", "assistant\n<think>no</think>\n")
-# SmolLM3's, which reads "/think" and "/no_think" in the system message as switches, and deletes them.
+# SmolLM3's template treats "/think" and "/no_think" in the system message as switches, and deletes them.
 SMOLLM3 = (
     "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
     "{% set mode = '/think' if enable_thinking else '/no_think' %}<|im_start|>system\n"
@@ -153,7 +153,7 @@ SMOLLM3_START = (
     "<|im_start|>system\n## Metadata\n\nReasoning Mode: /think\n\n## Custom Instructions\n\n{system}\n\n"
     "<|im_end|>\n<|im_start|>user\n{question}"
 )
-# Nemotron-Nano-v2's does so with the questions as well.
+# Nemotron-Nano-v2's template also does so in questions.
 NEMOTRON = (
     "{% for message in messages %}{% set content = message['content'].replace('/think', '').replace('/no_think', '')"
     " %}{% if message['role'] == 'system' %}{{ '<SPECIAL_10>System\n' + content + '\n' }}{% else %}"
@@ -227,7 +227,7 @@ def test_the_thinking_is_opened_once(template: str, start: str, end: str, questi
     assert render_prompt(chat, question, "base") == prompts.BASE_TEMPLATE.format(question=question)
 
 
-# Templates with which no prompt holds the question and the instruction and ends in an open <think>.
+# Templates that give no prompt with the question, the instruction and an open <think> at the end.
 UNUSABLE = {
     "is not set": None,
     "words": "{{ raise_exception('no\nwords') }}",
@@ -271,8 +271,8 @@ def test_a_prompt_does_not_depend_on_the_day() -> None:
 
 
 @pytest.mark.parametrize("start", ["\n", " {% if 1 %}{% endif %}", "{{ ' ' }}"])
-def test_a_template_starts_where_it_starts(start: str) -> None:
-    """The pinned date adds nothing to a prompt, and takes nothing away."""
+def test_fixing_the_date_does_not_change_the_start_of_a_prompt(start: str) -> None:
+    """It adds nothing to a prompt and removes nothing."""
     messages = [
         {"role": "system", "content": prompts.SYSTEM_PROMPT},
         {"role": "user", "content": "Why?"},
@@ -288,7 +288,7 @@ def test_a_template_may_strip_a_question(question: str) -> None:
     assert prompt in render_prompt(tokenizer(GEMMA), question)
 
 
-def test_tiny_bases_template_keeps_the_numbers_alone() -> None:
+def test_the_template_of_tiny_base_keeps_only_the_numbers() -> None:
     template = (ROOT / "notebooks/tiny-base/chat_template.jinja").read_text()
     for question, start in (
         (countdown([44, 19, 35], 98)["question"], "Numbers: 44 19 35 Target: 98"),
@@ -318,7 +318,7 @@ def test_a_countdown_problem_is_asked_as_one_and_any_other_text_as_it_stands() -
     assert refusal("countdown", "", 0, 8, ask="\udcff?").endswith("or not UTF-8; try less text")
 
 
-def test_other_questions_are_asked_as_the_task_asks() -> None:
+def test_ask_words_a_question_as_the_dataset_of_the_task_does() -> None:
     text = "How many {eggs}?"
     for task, column in (("gsm8k", "question"), ("math", "problem")):
         row = TASKS[task].read({column: text, "answer": 3})
@@ -329,7 +329,7 @@ def test_other_questions_are_asked_as_the_task_asks() -> None:
 
 
 def every_value(numbers: tuple[int, int, int]) -> set[Fraction]:
-    """The absolute values of all expressions of three numbers, by writing each of them out."""
+    """The absolute values of all expressions of three numbers, each of them written out."""
     values = set()
     for order in itertools.permutations(map(Fraction, numbers)):
         for p, q in itertools.product("+-*/", repeat=2):
@@ -339,14 +339,14 @@ def every_value(numbers: tuple[int, int, int]) -> set[Fraction]:
     return values
 
 
-def test_reachable_values_are_all_and_only_those_there_are() -> None:
+def test_reachable_values_equal_those_of_all_expressions() -> None:
     for numbers in ((2, 4, 6), (1, 1, 1), (1, 5, 5), (0, 3, 4), (19, 35, 44)):
         assert reachable_values(numbers) == every_value(numbers)
     assert 24 in reachable_values((3, 3, 8, 8))  # 8 / (3 - 8 / 3)
 
 
 def test_hash_has_not_changed() -> None:
-    """These decide what a model has been trained on: if one fails, old checkpoints have seen the new test problems."""
+    """The hash decides what a model is trained on. If it changes, old checkpoints have seen new held-out problems."""
     held_out = [n for n in range(1, 10) if is_held_out(countdown_key([2, 3, 1], n))]
     assert held_out == [2, 9] and not is_held_out(countdown_key([44, 19, 35], 98))
     code = "import prompts; print([n for n in range(99) if prompts.is_held_out(str(n))])"
@@ -385,7 +385,7 @@ def test_numbers_are_uniform_and_independent_and_so_is_the_target() -> None:
 
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch) -> Task:
-    """A task of one's own, whose questions are 0? to 999?; its fields may be changed."""
+    """A custom task whose questions are "0?" to "999?". Tests may change its fields."""
 
     def generate(rng: random.Random) -> dict | None:
         n = rng.randrange(1200)
@@ -413,10 +413,10 @@ def test_generated_questions_are_a_function_of_seed_and_place() -> None:
 
 def test_too_few_different_questions(mine: Task) -> None:
     message = refusal("countdown", "", 0, 5000)
-    assert message.startswith("--task countdown: 10,000 draws gave no more questions")
+    assert message.startswith("--task countdown: 10,000 draws gave no new question that fits")
     suggested = int(re.search("try --eval_questions ([0-9]+),", message)[1])
     assert len(load_questions("countdown", "", 0, suggested)[1]) == suggested > 512
-    assert is_held_out("1 + 1?")  # so there are none to train on, and then there are none at all
+    assert is_held_out("1 + 1?")  # so nothing is left to train on; then nothing at all
     for question in ({"question": "1 + 1?"}, None):
         mine.generate = lambda rng, question=question: question
         assert refusal("mine", "", 0, 1).endswith(" or a --dataset")
@@ -426,7 +426,7 @@ def test_tasks_that_cannot_work(mine: Task) -> None:
     def missing() -> None:
         raise ImportError("needs math-verify; try uv run --extra math")
 
-    message = "--task chess: there are countdown, gsm8k, math, mine; try countdown"
+    message = "--task chess: not one of countdown, gsm8k, math, mine; try countdown"
     assert refusal("chess", "", 0, 8) == message
     mine.prepare = missing
     assert refusal("mine", "", 0, 8) == "--task mine: needs math-verify; try uv run --extra math"
@@ -457,7 +457,7 @@ def test_importing_has_no_side_effect_and_generating_needs_no_library() -> None:
 
 
 def rows_of(task: str, count: int, start: int = 0) -> list[dict]:
-    """Rows as the hub's datasets have them: TinyZero's Countdown, openai/gsm8k, DeepScaleR."""
+    """Rows in the format of the hub datasets: TinyZero's Countdown, openai/gsm8k, DeepScaleR."""
     make = {
         "countdown": lambda n: {"target": n, "nums": [n, 1, 1]},
         "gsm8k": lambda n: {"question": f"{n}?", "answer": f"{n} = <<{n}>>\n#### {n:,}"},
@@ -487,19 +487,19 @@ def test_a_file(task: str, name: str, capfd: pytest.CaptureFixture) -> None:
     assert capfd.readouterr() == ("", "")
     assert 15 < len(held_out) < 60
     assert all(is_held_out(TASKS[task].key(question)) for question in held_out)
-    # Each pass has every training row once, in its own order; with the held-out rows that is the file.
+    # Each pass has every training row once, in its own order. With the held-out rows, that is the whole file.
     size = 120 - len(held_out)
     passes = [[question_at(i + size * n) for i in range(size)] for n in (0, 1, 7)]
     assert passes[0] != passes[1] != passes[2] != passes[0]
     assert all(numbers(one + held_out) == list(range(120)) for one in passes)
-    # another seed: another order, and the same held-out questions
+    # Another seed gives another order and the same held-out questions.
     other_at, some = load_questions(task, path, seed=1, eval_questions=10)
     assert [other_at(i) for i in range(size)] != passes[0] and some == held_out[:10]
-    # an evaluation alone asks what the training has left out
+    # --eval_only asks the questions that training has held out.
     assert load_questions(task, path, 0, 1000, eval_only=True) == (None, held_out)
 
 
-# Rows as in a .jsonl file, and the answers that are made of them; null: the row is not usable.
+# Rows as in a .jsonl file -> the answers that are read from them; null: the row is not usable.
 ROWS = r"""
 countdown {"target": 98, "nums": [44, 19, 35]} -> {"numbers": [44, 19, 35], "target": 98}
 countdown {"target": "98", "nums": "[44, 19, 35]"} -> {"numbers": [44, 19, 35], "target": 98}
@@ -558,7 +558,7 @@ def test_rows_that_are_left_out_are_counted_in_a_line(capsys: pytest.CaptureFixt
     rows = rows_of("countdown", 100)
     rows[98]["nums"], rows[99]["target"] = [], None
     trained, held_out = sides("countdown", write("data.jsonl", rows), 0, 1000)
-    said = "98 questions, 2 rows left out without a usable answer, 0 as too long"
+    said = "98 questions; rows left out: 2 without a usable answer, 0 too long"
     assert capsys.readouterr() == (f"--dataset data.jsonl: {said}\n", "")
     assert trained | set(held_out) == set(range(98))
 
@@ -574,7 +574,7 @@ def test_questions_are_distinct_on_both_sides(path: str, evaluated: int) -> None
     assert len({countdown_key(**question["answer"]) for question in every}) == len(every) == 60
 
 
-# What stands in a file, and a part of the message.
+# The name of a file | its content | a part of the message.
 BROKEN = r"""
 notes.txt | b'hello' | try a .json, .jsonl, .csv or .parquet file
 empty.jsonl | b'' | has no rows
@@ -594,7 +594,7 @@ latin.jsonl | b'{"target": 3, "nums": "\xff"}' | UnicodeDecodeError
 packed.jsonl | b'\x04\x22\x4d\x18abcd' | pip install
 packed.json | b'PK\x03\x04abcd' | BadZipFile
 columns.jsonl | b'{"a": 3, "b": [1, 2]}' | KeyError('nums') in the columns ['a', 'b']
-useless.jsonl | b'{"target": 3, "nums": []}' | 0 questions, 1 rows left out without a usable
+useless.jsonl | b'{"target": 3, "nums": []}' | 0 questions; rows left out: 1 without a usable
 missing.jsonl | None | Unable to find
 short.jsonl | b'\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff\xabV*I,JO' | EOFError
 corrupt.jsonl | b'\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff\xff\xff\xff\xff' | Error -3
@@ -619,7 +619,7 @@ def test_a_broken_file_is_reported_by_one_line_alone(tmp_path: Path) -> None:
     path.write_text("{")
     code = f"try: prompts.load_questions('countdown', {str(path)!r}, 0, 8)\n"
     code = f"import prompts\n{code}except prompts.UsageError as error: print(error)"
-    # In a process of its own, for `datasets` logs to the stderr it finds when it is imported.
+    # In a process of its own, because `datasets` logs to the stderr that it finds when it is imported.
     printed = python(code, HF_DATASETS_CACHE=str(tmp_path))
     assert printed.startswith(f"--dataset {path}: cannot be read ") and printed.count("\n") == 1
 
@@ -638,7 +638,7 @@ def test_a_folder_with_splits() -> None:
 
 
 def stand_in(name: str, configurations: dict[str, dict[str, list[dict]]]) -> None:
-    """A folder of the name of a hub dataset, `{configuration: {split: rows}}`: `datasets` reads it in its place."""
+    """Makes a folder named like a hub dataset, which `datasets` reads instead: `{configuration: {split: rows}}`."""
     card = []
     for configuration, splits in configurations.items():
         files = []
@@ -659,15 +659,15 @@ def test_the_hub_datasets_of_the_recipes(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(prompts.CUTS, name, {"train": "train[:40]", "test": "train[40:48]"})
     stand_in(name, {"default": {"train": rows_of("countdown", 60)}})
     assert sides("countdown", name, 0, 99) == (set(range(40)), list(range(40, 48)))
-    stand_in("a/b", {"default": {"any": rows_of("gsm8k", 80)}})  # a single split is shared out
+    stand_in("a/b", {"default": {"any": rows_of("gsm8k", 80)}})  # a single split is divided
     trained, held_out = sides("gsm8k", "a/b", 0, 99)
     assert 8 < len(held_out) < 35 and sorted([*trained, *held_out]) == list(range(80))
 
 
 def test_without_a_hub(capfd: pytest.CaptureFixture) -> None:
-    """HF_HUB_OFFLINE and no network end alike: in the ConnectionError of datasets."""
+    """HF_HUB_OFFLINE and a missing network both end in the ConnectionError of datasets."""
     message = refusal("math", "nobody/nothing", 0, 8)
-    assert message.startswith("--dataset nobody/nothing: cannot be read or has no rows, Connection")
+    assert message.startswith("--dataset nobody/nothing: cannot be read or has no rows (Connection")
     assert capfd.readouterr() == ("", "")
 
 
@@ -686,7 +686,7 @@ def test_mathematics_is_evaluated_on_another_dataset(monkeypatch: pytest.MonkeyP
     aime, math_500 = list(range(40, 60)), list(range(60, 80))
     assert sides("math", "", 0, 99) == (set(range(40)), aime)
     assert sides("math", "", 0, 99, "500") == (set(range(40)), math_500)
-    # an evaluation alone reads nothing to train on
+    # --eval_only does not read the training data.
     here.dataset = "missing.jsonl"
     assert sides("math", "", 0, 99, eval_only=True) == (set(), aime)
 
@@ -694,10 +694,10 @@ def test_mathematics_is_evaluated_on_another_dataset(monkeypatch: pytest.MonkeyP
 def test_what_is_evaluated_is_not_trained_on(mine: Task) -> None:
     write("all.jsonl", rows_of("gsm8k", 99))
     write("some.jsonl", rows_of("gsm8k", 25))
-    trained, held_out = sides("gsm8k", "all.jsonl", 0, 9, "some.jsonl")  # however many are asked
+    trained, held_out = sides("gsm8k", "all.jsonl", 0, 9, "some.jsonl")  # 9 are evaluated
     assert trained == set(range(25, 99)) and len(held_out) == 9
     assert " 0 questions to train on" in refusal("gsm8k", "some.jsonl", 0, 9, "all.jsonl")
-    # generated questions are not those of the file either
+    # Generated questions do not repeat those of the file either.
     mine.read = lambda row: {"question": row["question"], "answer": {}}
     trained, held_out = sides("mine", "", 0, 9, "some.jsonl")
     assert len(trained) > 300 and not trained & set(range(25)) and set(held_out) < set(range(25))
@@ -720,17 +720,17 @@ def test_a_prompt_that_is_too_long_is_left_out(template: str) -> None:
         trained, held_out = sides("math", "data.jsonl", 0, 99, **options)
         assert trained | set(held_out) == set(range(60)) - left_out
     [line] = said
-    assert " 50 questions, 0 rows left out without a usable answer, 10 as too long" in line
+    assert " 50 questions; rows left out: 0 without a usable answer, 10 too long" in line
     message = refusal("math", "", 0, 1, ask=rows[10]["problem"], **options)
-    assert message.startswith("--ask: no room beside --max_new_tokens, ")
+    assert message.startswith("--ask: too long for --max_new_tokens ")
 
 
 def test_where_no_prompt_fits() -> None:
     options = {"tokenizer": tokenizer(longest=400)}
     message = refusal("gsm8k", write("data.jsonl", rows_of("gsm8k", 9)), 0, 8, **options)
-    assert "0 questions, 0 rows left out without a usable answer, 9 as too long; try " in message
+    assert "0 questions; rows left out: 0 without a usable answer, 9 too long; try " in message
     message = refusal("gsm8k", "data.jsonl", 0, 8, max_new_tokens=400, **options)
-    assert message == "--max_new_tokens 400: the model reads 400 tokens in all; try 200"
+    assert message == "--max_new_tokens 400: the context length is 400 tokens; try 200"
 
 
 def test_a_generated_question_that_is_too_long_is_drawn_again(mine: Task) -> None:

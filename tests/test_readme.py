@@ -1,9 +1,9 @@
-"""The README is true: links, line numbers, commands, options, messages, and the figures that can be computed.
+"""Checks the README: links, line numbers, commands, options, messages, and the figures that can be computed.
 
     uv run --group dev tests/test_readme.py
 
-updates the line numbers of links like [`update`](R1ZeroTrain.py#L1), the lengths of the files, and the computed cells of
-the tables in TABLES.
+updates the line numbers of links like [`update`](R1ZeroTrain.py#L1), the lengths of the files, and the computed
+cells of the tables in TABLES.
 """
 
 import inspect
@@ -43,7 +43,7 @@ def blocks(language: str) -> list[str]:
 
 
 def rows(header: str, text: str = README) -> list[list[str]]:
-    """The cells of the table whose header line begins so."""
+    """The cells of the table whose header line begins with `header`."""
     _, _, *lines = text[text.index(f"\n{header}") + 1 :].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -69,7 +69,7 @@ PROMPT = 200  # tokens
 
 @lru_cache
 def measured(model: str, n: int, length: int, dtype: str, attention: str) -> tuple[int, int]:
-    """(parameters, bytes that autograd keeps of n rows), from tensors that have shapes but no data."""
+    """(parameters, bytes that autograd keeps for n rows), from tensors that have shapes but no data."""
     config = Qwen2Config(**dict(zip(SHAPE, SHAPES[model])), attn_implementation=attention)
     kept, alive = {}, []
     with FakeTensorMode():
@@ -78,7 +78,7 @@ def measured(model: str, n: int, length: int, dtype: str, attention: str) -> tup
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)  # or another storage would get its address
+            alive.append(tensor)  # otherwise another storage could get its address
             return tensor
 
         ids = torch.zeros(n, length, dtype=torch.long)
@@ -91,7 +91,7 @@ def measured(model: str, n: int, length: int, dtype: str, attention: str) -> tup
 
 
 def memory(options: str) -> dict[str, float]:
-    """GB, as a run with these options plans them."""
+    """The memory plan of a run with these options, in GB."""
     cfg = parse_config(options.split())
     return memory_plan(Qwen2Config(**dict(zip(SHAPE, SHAPES[cfg.model]))), cfg, PROMPT)
 
@@ -111,7 +111,7 @@ def test_a_planned_micro_batch_is_about_what_autograd_keeps(recipe: str, more: s
 
 
 def hardware_row(have: str, command: str, model: str, memory_cell: str) -> list[str]:
-    """The memory of a GPU is free but for a little, that of a Mac is shared with all else."""
+    """Nearly all memory of a GPU is free. That of a Mac is shared with the rest of the system."""
     cfg = parse_config(script(command.strip("`"))[1])
     assert ("LoRA" in model) == bool(cfg.lora_rank)
     if cfg.model not in SHAPES:
@@ -129,7 +129,7 @@ def benchmark_row(model: str, step: str, *figures: str) -> list[str]:
     return [model, step, *figures[:2], ratios[0], *figures[3:5], ratios[1]]
 
 
-# The beginning of a table -> what its rows should be, from what they are.
+# The start of a table -> a function from the cells of a row to what they should be.
 TABLES: dict[str, Callable[..., list[str]]] = {
     "| you have |": hardware_row,
     "| random model |": benchmark_row,
@@ -163,7 +163,7 @@ def test_line_numbers_and_computed_figures_are_true() -> None:
     assert set(recipes) == set(RECIPES)
 
 
-def test_the_completions_shown_are_graded_as_said() -> None:
+def test_the_completions_shown_are_graded_as_stated() -> None:
     """Two columns of text: before training and after."""
     (shown,) = blocks("text")
     question, _, titles, *lines = shown.splitlines()
@@ -233,7 +233,7 @@ def test_options_in_the_text_exist() -> None:
 
 
 def test_quoted_messages_are_those_of_the_code() -> None:
-    """`"..."` quotes a message, in pieces where … leaves something out."""
+    """`"..."` quotes a message; … stands for what is left out."""
     code = "".join(inspect.getsource(module) for module in MODULES.values())
     code = re.sub(r'"\n\s*f?"', "", code)  # strings over several lines
     quotes = re.findall(r'`"([^`]+)"`', PROSE)
@@ -257,7 +257,7 @@ def commands() -> list[list[str]]:
 
 
 def script(command: str) -> tuple[str, list[str]]:
-    """(program, its options) of a command of `uv run`, also where torchrun starts the program."""
+    """(program, its options) of a `uv run` command, also if torchrun starts the program."""
     _, _, *words = shlex.split(command)
     while words[0] in ("--group", "--extra", "--with"):
         words = words[2:]
@@ -271,9 +271,9 @@ def script(command: str) -> tuple[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of the first command, after every command of the README has been tried in an empty folder.
+    """Tries every command of the README in an empty folder, and returns the run of the first one.
 
-    Those that need neither the hub nor GPUs have run with small sizes, the options of the others have been parsed.
+    Commands that need neither the hub nor GPUs run with small sizes. Of the others, only the options are parsed.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("readme"))
@@ -282,7 +282,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path("runs/first").absolute()
 
 
-# What a command needs beside the libraries of a run.
+# What a command needs besides the libraries of a run.
 NEEDS = {"jupyter": "notebook", "pytest": "dev", "ruff": "dev", "tests/test_readme.py": "dev"}
 
 

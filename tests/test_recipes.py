@@ -1,8 +1,8 @@
-"""The ways to use the script, from the command line to what it prints and writes: every recipe, --eval_only, --ask,
-a run that continues in a longer context, no network, and the README's own task.
+"""The script from the command line to what it prints and writes: every recipe, --eval_only, --ask, a run that
+continues with a longer context, no network, and the README's own task.
 
-The recipes run on a random model and on stand-ins of their hub datasets: a few rows in the columns, forms and splits of
-the originals, which the real `datasets` reads. All else that is overridden are sizes.
+The recipes run on a random model and on stand-ins for their hub datasets: a few rows with the columns, formats and
+splits of the originals, which the real `datasets` reads. Apart from that, only sizes are overridden.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ SIZES = {
 }
 
 
-# --- stand-ins of the hub's datasets ---------------------------------------------------------------------------------
+# --- stand-ins for the hub datasets ----------------------------------------------------------------------------------
 
 
 def gsm8k(n: int) -> dict:
@@ -66,7 +66,7 @@ HUB = {
     "agentica-org/DeepScaleR-Preview-Dataset": {"train": (deepscaler, range(1, 30))},
     "HuggingFaceH4/aime_2024": {"train": (aime, range(60, 90))},
 }
-# Of a recipe: its task, the hub's datasets that it reads, rows that it trains on, and rows that it is evaluated on.
+# Recipe -> its task, the hub datasets that it reads, its training rows, and its evaluation rows.
 GSM8K = ("gsm8k", ["openai/gsm8k"], *HUB["openai/gsm8k"].values())
 COUNTDOWN, *MATH = list(HUB)[1:]
 EXPECTED = {
@@ -90,7 +90,7 @@ def questions(task: str, row: Callable[[int], dict], places: range) -> set[str]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple]:
-    """The (name, configuration) of what is asked of the hub, which has the stand-ins. Local files are read as ever."""
+    """Replaces the hub by the stand-ins. Returns the (name, configuration) requests. Local files are read as usual."""
     asked, read = [], datasets.load_dataset
 
     def load_dataset(
@@ -119,9 +119,9 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def pay(patch: pytest.MonkeyPatch) -> list[str]:
-    """Pays for an odd length, which half of a random model's completions have: else nothing would be learned.
+    """Rewards odd lengths, which half of a random model's completions have. Otherwise nothing would be learned.
 
-    The reward of the task grades the completion all the same. Returns the tasks in order of grading.
+    The task's own reward still grades each completion. Returns the tasks in the order of grading.
     """
     graded = []
 
@@ -140,7 +140,7 @@ def pay(patch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def prompted(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The questions that the policy is asked, and their prompts."""
+    """The questions that the policy has been asked -> their prompts."""
     seen, render = {}, R1ZeroTrain.render_prompt
 
     def spy(tokenizer, question: str, template: str) -> str:
@@ -152,7 +152,7 @@ def prompted(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def run(*words: object, **options: object) -> int:
-    """R1ZeroTrain.py with SIZES, which `options` override, and further words."""
+    """Runs R1ZeroTrain.py with SIZES, which `options` override, and with additional words."""
     sizes = [word for name, value in (SIZES | options).items() for word in (f"--{name}", value)]
     return R1ZeroTrain.run([str(word) for word in [*sizes, *words]])
 
@@ -195,7 +195,7 @@ def test_a_recipe_runs(
         assert set(re.findall(r"eval_(\S+)_interval", " ".join(line))) == keys
     assert graded == [task] * (3 * 8 + 2 * 4 * samples)
 
-    # The paper's template for a base model, although the tokenizer has one of its own.
+    # A base model gets the paper's template, although the tokenizer has a chat template.
     for question, prompt in prompted.items():
         assert (prompt == BASE_TEMPLATE.format(question=question)) == (recipe == "tinyzero")
     trained, tested = set(), set()
@@ -236,13 +236,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_a_run_continues_in_a_longer_context(
+def test_a_run_continues_with_a_longer_context(
     interrupted: bool, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained, "run")
     first, grown = read_lines(Path("run"))[:2], {"steps": 4, "max_new_tokens": 24, "group_size": 6}
     words = [str(word) for name, value in grown.items() for word in (f"--{name}", value)]
-    if interrupted:  # before the first new checkpoint: config.json alone has the new options
+    if interrupted:  # before the first new checkpoint, when only config.json has the new options
         steps, step = iter("ab"), R1ZeroTrain.train_step
 
         def train_step(*args: object) -> tuple:
@@ -319,7 +319,7 @@ def test_two_evaluations_in_one_second_do_not_mix(
 
 
 def ask(capsys: pytest.CaptureFixture[str], question: str, *words: object) -> tuple[str, list[str]]:
-    """What --ask prints: the completion, and the lines after it."""
+    """What --ask prints: the completion, and the lines that follow it."""
     words = ["--ask", question, "--device", "cpu", *words]
     assert R1ZeroTrain.run([str(word) for word in words]) == 0
     text, _, verdict = capsys.readouterr().out.partition("\n\nanswer: ")
@@ -336,10 +336,10 @@ def test_ask_prints_a_completion_its_answer_and_a_verdict(
         right = TASKS["countdown"].reward(text, numbers=[8, 7, 4], target=36)
         assert verdict == ("right" if right else "wrong")
     assert shown[0] == shown[1] and {verdict for _, (_, verdict) in shown} == {"right", "wrong"}
-    assert not list(tmp_path.iterdir()), "no run directory"
+    assert not list(tmp_path.iterdir()), "--ask makes no run directory"
 
 
-def test_ask_takes_the_checkpoint_of_a_run_and_grades_no_other_question(
+def test_ask_uses_the_checkpoint_of_a_run_and_grades_only_countdown(
     trained: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = digests(trained)
@@ -351,7 +351,7 @@ def test_ask_takes_the_checkpoint_of_a_run_and_grades_no_other_question(
     assert digests(trained) == before
 
 
-def test_ask_escapes_what_a_terminal_would_obey(
+def test_ask_escapes_control_characters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "red \x1b[31m\x07 \x9b0m\r back\b\x00\x7f é \u202e 日本 \n</think><answer>\x1b]0;title</answer>"

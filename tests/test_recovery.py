@@ -1,7 +1,7 @@
-"""A run that ends at any instant, for any reason, is continued by --resume, and ends with the same files.
+"""A run that is interrupted at any instant, for any reason, continues with --resume and ends with the same files.
 
-Runs that are killed are processes of their own. They are forked from one that has imported torch already, so they
-start at once.
+Each run that is killed is a separate process. It is forked from one that has already imported torch, so it starts at
+once.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ TIMINGS = {"completion_tokens_per_second", "seconds"}
 
 
 def parity(completion: str, **_: object) -> float:
-    """A reward that about half of the completions of a random model earn."""
+    """A reward that about half of a random model's completions earn."""
     return float(sum(map(ord, completion)) % 2)
 
 
@@ -70,7 +70,7 @@ def child(
 def launch(
     words: list, output: Path, number: int = 1, prepare: Callable[[], object] = int, code: int = 0
 ) -> list[str]:
-    """Runs a command line in `number` processes that all end with this exit code. Returns what each has printed."""
+    """Runs a command line in `number` processes, which must all exit with `code`. Returns what each has printed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["R1ZeroTrain"])
     with socket.socket() as free:
@@ -92,7 +92,7 @@ def launch(
         return said
     finally:
         for process in processes:
-            process.kill()  # one that waits for another would outlive the tests
+            process.kill()  # a process that waits for another would outlive the tests
 
 
 def signal_at(sent: signal.Signals, function: str, nth: int) -> None:
@@ -115,8 +115,8 @@ def signal_at(sent: signal.Signals, function: str, nth: int) -> None:
 def test_a_checkpoint_is_complete_at_every_instant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before each line of save_checkpoint: the files as a kill leaves them, and as a power failure leaves them, which
-    loses what has not been synced."""
+    """Before each line of save_checkpoint, takes the files as a kill leaves them, and as a power failure leaves them,
+    which loses what has not been synced."""
     policy = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(policy.parameters())
     folder, fsync = tmp_path / "run/checkpoint", os.fsync
@@ -152,7 +152,7 @@ def test_a_checkpoint_is_complete_at_every_instant(
         assert torch.equal(saved["weights"][0], expected[step])
         found.append(step)
     assert found == sorted(found) and set(found) == {1, 2} and len(found) > 20
-    assert len(list(folder.iterdir())) == 1, "the last one has been deleted"
+    assert len(list(folder.iterdir())) == 1, "the previous checkpoint has been deleted"
 
 
 class Evil:
@@ -183,7 +183,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], *mentions: object) -> st
     return said
 
 
-# --- ended, and continued --------------------------------------------------------------------------------------------
+# --- interrupted and resumed -----------------------------------------------------------------------------------------
 
 
 def achieved(run_dir: Path) -> dict:
@@ -210,13 +210,13 @@ def undisturbed(words: list, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finish(words: list, run_dir: Path) -> dict:
-    """Continues a run. One that was killed before it had options starts again."""
+    """Continues a run, or starts it again if it was killed before it saved its options."""
     begun = (run_dir / "config.json").exists()
     launch(["--resume", run_dir] if begun else [*words, run_dir], run_dir.with_name("out"))
     return achieved(run_dir)
 
 
-# Functions in which a run is ended, and a number of lines that they execute for sure.
+# Functions in which a run is interrupted, and a number of lines that each of them certainly executes.
 PLACES = {"save_checkpoint": 28, "write_log": 40, "open_run_dir": 15, "_save": 300}
 PLACES |= {"save_pretrained": 90, "sample": 100, "update": 100, "main": 100}
 ENDS = [
@@ -232,7 +232,7 @@ for sent in [signal.SIGKILL] * 20 + [signal.SIGINT, signal.SIGTERM] * 3:
 
 
 @pytest.mark.parametrize(("sent", "function", "nth"), ENDS)
-def test_a_run_that_is_ended_anywhere_ends_as_if_it_had_not_been(
+def test_a_run_interrupted_anywhere_ends_like_an_uninterrupted_one(
     sent: signal.Signals, function: str, nth: int, words: list, undisturbed: Path, tmp_path: Path
 ) -> None:
     code = -9 if sent == signal.SIGKILL else 130
@@ -249,7 +249,7 @@ def test_a_run_that_is_ended_anywhere_ends_as_if_it_had_not_been(
 def test_a_full_disk_ends_the_run_with_a_line(
     size: int, words: list, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """The system refuses to write files longer than `size`: a log; a checkpoint, for want of 5 bytes."""
+    """The system refuses to write files longer than `size`: a log, or a checkpoint that is 5 bytes longer."""
     size %= max(undisturbed.glob("checkpoint/*.pt")).stat().st_size
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
     (said,) = launch([*words, tmp_path / "run"], tmp_path / "out", 1, limit, 2)
@@ -326,10 +326,10 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize(("name", "nth", "error"), OUT_OF_MEMORY)
-def test_out_of_memory_the_run_is_continued_with_less(
+def test_after_out_of_memory_the_run_continues_with_less(
     name: str, nth: int, error: Exception, words: list, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """The same samples; and the same weights but for rounding, as gradients are added up in another order."""
+    """Samples are the same. Weights are the same up to rounding, because gradients are summed in another order."""
     run_dir = tmp_path / "run"
     tight = [*words, run_dir, "--tokens_per_microbatch", 60, "--rollout_rows", 5]
     (said,) = launch(tight, tmp_path / "out", 1, partial(spoil, name, nth, error), 2)
@@ -354,7 +354,7 @@ def test_an_update_that_is_not_finite_is_skipped(words: list, tmp_path: Path) ->
     assert [line["grad_norm"] is None for line in lines] == [line["step"] == 2 for line in lines]
 
 
-def test_a_mistake_in_the_code_is_not_taken_for_a_fault(
+def test_a_bug_in_the_code_is_raised_not_reported_in_a_line(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(R1ZeroTrain, "update", lambda *_: torch.zeros(2) @ torch.zeros(3))

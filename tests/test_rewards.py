@@ -1,6 +1,6 @@
-"""rewards.py: hand-checked answers with their reasons, exploits that earn nothing, and any text within a second.
+"""rewards.py: hand-checked answers with reasons, exploits that earn nothing, and any text graded within a second.
 
-A table has a case in each line: columns between " | ", then the reason behind "  # ". A `⏎` is a line break.
+Each line of a table is a case: columns separated by " | ", then the reason after "  # ". A `⏎` is a line break.
 """
 
 import os
@@ -176,7 +176,7 @@ MISSED = r"""
 1_0 + 2 | 1 0 2 | 12
 1 0 + 2 | 10 2 | 12
 1 0 + 2 | 1 0 2 | 12
-007 + 1 | 7 1 | 8  # zeros would be used up for nothing
+007 + 1 | 7 1 | 8  # leading zeros could stand for a 0 that must be used
 07 + 1 | 0 7 1 | 8
 00 + 1 | 0 1 | 1
 6 # + 2 | 6 2 | 6  # a comment would hide a number
@@ -189,7 +189,7 @@ MISSED = r"""
 __import__('os').system('exit 1') or 3 + 3 | 3 3 | 6
 print(3) | 3 | 3
 lambda: 3 | 3 | 3
-３ + 4 | 3 4 | 7  # digits and operators that int() or a reader would take
+３ + 4 | 3 4 | 7  # digits and operators that int() or a reader would accept
 ٣ + 4 | 3 4 | 7
 3² + 4 | 3 4 | 13
 3² + 4 | 3 2 4 | 13
@@ -263,7 +263,7 @@ EXPRESSIONS = st.recursive(
 
 @thorough
 @given(EXPRESSIONS, st.randoms(use_true_random=False), st.integers(0, 120))
-def test_countdown_pays_for_the_value_and_the_numbers(text: str, rng, other: int) -> None:
+def test_countdown_requires_the_value_and_the_numbers(text: str, rng, other: int) -> None:
     numbers = [int(number) for number in re.findall("[0-9]+", text)]
     try:
         value = eval(re.sub("[0-9]+", r"Fraction(\g<0>)", f"({text})"), {"Fraction": Fraction})
@@ -321,7 +321,7 @@ x=-5 | -5
 -\$5 | -5
 $-5 | -5
 −5 | -5
-covid-19 | 19  # a hyphen is no sign
+covid-19 | 19  # a hyphen is not a sign
 -0 | 0
 36 cm^2 | 36  # the power of a unit
 36 m² | 36
@@ -339,7 +339,7 @@ GSM8K_WRONG = r"""
 1.8 | 18
 180 | 18
 0.333333 | 0.33333333  # nothing is rounded
-0.1 | 0.1000000000000000055511151231257827  # what float takes it for
+0.1 | 0.1000000000000000055511151231257827  # the value of the float 0.1
 eighteen | 18
 $ | 18
 1,234 or 1,235 | 1234
@@ -348,13 +348,13 @@ $ | 18
 5 -5 | 5
 2 hours 30 minutes | 2
 1, 234 | 234
-12,34 | 1234  # no thousands
+12,34 | 1234  # not a thousands separator
 1,2345 | 12345
 1,2341234 | 12341234
 1234,567 | 1234567
 1 234 | 1234
 1.2.3 | 1.2
-5-3 | 2  # an expression is not worked out, nor mistaken for one of its numbers
+5-3 | 2  # an expression is not computed, nor is it mistaken for one of its numbers
 3 - 3 | 3
 $3 - $3 | 3
 3 + 3 | 3
@@ -468,7 +468,7 @@ sqrt(3)/2 | \frac{\sqrt3}{2}
 \sin^2 x | 1-\cos^2 x
 \sin^{-1}(1/3) | \arcsin\frac13
 \lvert x-2\rvert | |x-2|
-2:3 | 2:3  # what is not read is text
+2:3 | 2:3  # unreadable notation is compared as text
 12_3 | 12_{3}
 y=2x+3 | y=3+2x  # equations
 2x+3 | y=3+2x
@@ -534,7 +534,7 @@ x>5 | 5
 x\ne 5 | 5
 y=5 | x=5
 5i | 5
-5\text{ or six} | 5  # no units
+5\text{ or six} | 5  # not units
 5\text{ million} | 5
 5\text{ Thousand} | 5
 5\text{ dozen} | 5
@@ -628,14 +628,14 @@ def test_math(table: str, expected: float) -> None:
     assert [pair for pair in pairs if math_reward(turn(pair[0]), pair[1]) != expected] == []
 
 
-def test_math_of_nothing_and_of_too_much() -> None:
+def test_math_of_an_empty_and_of_a_very_long_answer() -> None:
     assert math_reward(turn(""), "") == 0.0
     assert math_reward(turn("\\{" + "5," * MAX_ANSWER_CHARS + "5\\}"), "5") == 0.0
 
 
 # --- the process that compares expressions -------------------------------------------------------
 
-SLOW = "(x+y+z)^{9999}"  # sympy would expand it for ever
+SLOW = "(x+y+z)^{9999}"  # SymPy would expand it forever
 EQUAL = ("2x+3", "3+2x")
 
 
@@ -650,7 +650,7 @@ def test_a_slow_comparison_is_cut_off_and_the_next_is_right() -> None:
         assert compare(SLOW, "x^2") == 0.0
         seconds.append(time.perf_counter() - start)
         assert compare(*EQUAL) == 1.0
-    # The limit is of CPU time, which the worker shares with whatever else is running.
+    # The limit is on CPU time, which the worker shares with everything else that is running.
     assert 0.4 < min(seconds) < max(1.0, os.getloadavg()[0] / os.cpu_count())
 
 
@@ -694,7 +694,7 @@ def test_the_worker_ends_with_its_parent() -> None:
     program = (
         "import os, rewards; rewards.math_reward('</think><answer>2x</answer>', 'x+x'); os.abort()"
     )
-    # The worker inherits stderr, so this waits for its end too.
+    # The worker inherits stderr, so this also waits for the worker to end.
     parent = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(rewards.__file__).parent,
@@ -717,7 +717,7 @@ def test_starting_the_worker_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> N
     worker.kill()
 
 
-def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewards, "find_spec", lambda name: None)
     monkeypatch.setattr(rewards, "_worker", None)
     with pytest.raises(ImportError, match="math-verify"):
@@ -799,7 +799,7 @@ def test_nothing_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rewards, "_worker", None)  # the next one starts in this folder
     assert compare(*EQUAL) == 1.0
     watching, events = True, []
-    sys.addaudithook(lambda event, _: watching and events.append(event))  # stays until the end
+    sys.addaudithook(lambda event, _: watching and events.append(event))  # cannot be removed again
     for attack in (
         "os.mkdir('owned')",  # means the same after the grader's replacements
         "open('owned','w').write('1')",

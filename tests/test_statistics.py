@@ -1,4 +1,4 @@
-"""rewards.py: the statistics over several completions and questions, by hand and by brute force."""
+"""Statistics of rewards.py over several completions and questions, checked by hand and by brute force."""
 
 from itertools import combinations
 
@@ -26,7 +26,7 @@ def test_pass_at_k_by_hand() -> None:
     assert pass_at_k(4, 1, 2) == 1 / 2  # of the 6 pairs, 3 have the right one
     assert pass_at_k(4, 2, 2) == pytest.approx(5 / 6)  # one pair has none
     assert pass_at_k(5, 2, 3) == pytest.approx(9 / 10)  # one triple has none
-    assert pass_at_k(1000, 500, 500) == 1.0  # in floats; the numbers of subsets have 300 digits
+    assert pass_at_k(1000, 500, 500) == 1.0  # subset counts have 300 digits, this is a float
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one() -> None:
@@ -64,11 +64,11 @@ def test_votes_are_counted_by_value() -> None:
         assert normalized_answer(turn(answer)) is None
 
 
-# answers, which are right, maj@K; "-" is None, which has no vote
+# Answers, which of them are right, maj@K. "-" is None, which does not vote.
 MAJORITY = """
 788 100 0
 788 011 1
-78 10 1  a tie: the first
+78 10 1  a tie: the first one counts
 87 01 0
 8778 0110 0
 ---7 0001 1
@@ -90,7 +90,7 @@ def test_majority() -> None:
 
 def test_bootstrap_by_hand() -> None:
     assert bootstrap_interval([0.1] * 7) == (0.1, 0.1)
-    # A resample is 00, 01, 10 or 11, each a quarter of the time: 2.5% from either end lie 00 and 11.
+    # A resample is 00, 01, 10 or 11, each a quarter of the time, so 00 and 11 lie 2.5% from either end.
     assert bootstrap_interval([0.0, 1.0]) == (0.0, 1.0)
 
 
@@ -106,7 +106,7 @@ def test_bootstrap_is_near_the_normal_interval_and_always_the_same() -> None:
 
 
 def sampled(answers: str, lengths: list[int]) -> list[dict]:
-    """A question's samples: a letter for each answer, A is right, "-" is cut off and not well-formed."""
+    """The samples of a question, a letter for each answer: A is right, "-" is truncated and not well-formed."""
     return [
         {
             "text": "<think> a" if answer == "-" else turn(answer),
@@ -133,8 +133,8 @@ def test_evaluation_of_three_questions_with_four_samples_by_hand() -> None:
         sampled("A--A", [5, 9, 9, 5]),  # 2 of 4 right; A has all the votes
         sampled("B-CD", [1, 9, 2, 4]),  # none right
     ]
-    # 27 resamples of three questions. The extreme ones, the lowest or highest thrice, come up once in 27 times, which
-    # is 3.7%: more than the 2.5% on either side.
+    # Three questions have 27 resamples. Each extreme one, three times the lowest or three times the highest, has a
+    # probability of 1/27 or 3.7%, which is more than the 2.5% on either side.
     by_hand = {
         "pass@1": [(1 / 4 + 2 / 4 + 0) / 3, 0, 1 / 2],
         "pass@2": [(1 / 2 + 5 / 6 + 0) / 3, 0, 5 / 6],  # of 6 pairs, 3 and 5 have a right one
@@ -164,7 +164,7 @@ def test_evaluation_has_pass_at_powers_of_two_and_at_all(samples: int, sizes: li
     metrics = evaluation([sampled("A" + "B" * (samples - 1), [1] * samples)] * 3)
     names = [name for name in metrics if "@" in name and "interval" not in name]
     assert names == [f"pass@{size}" for size in sizes] + [f"maj@{samples}"]
-    for size in sizes:  # equal questions: no interval
+    for size in sizes:  # equal questions: an interval of length 0
         assert metrics[f"pass@{size}"] == pytest.approx(size / samples)
         assert metrics[f"pass@{size}_interval"] == pytest.approx((size / samples,) * 2)
 

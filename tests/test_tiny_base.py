@@ -1,4 +1,4 @@
-"""notebooks/tiny-base: small, honest (no held-out problem in its corpus), and able to learn."""
+"""notebooks/tiny-base: it is small, has no held-out problem in its corpus, and is able to learn."""
 
 import random
 import re
@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def sums(text: str) -> list[bool]:
-    """Whether the sums in a text are right, one after the other."""
+    """Whether each calculation in a text is right, in their order."""
     right = []
     for a, operator, b, result in SUM.findall(text):
         a, b = Fraction(a), int(b)
@@ -74,7 +74,7 @@ def test_the_shipped_tokenizer_is_the_one_the_script_makes(
     assert tokenizer.chat_template == made.chat_template
 
 
-def test_every_prompt_is_short_and_of_the_length_that_the_loss_leaves_out(
+def test_every_prompt_has_the_length_that_the_loss_leaves_out(
     tokenizer: PreTrainedTokenizerBase, corpus: list
 ) -> None:
     for numbers, target, completion in corpus[:1000]:
@@ -114,7 +114,7 @@ def test_the_script_grows_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     load_policy(str(tmp_path))
 
 
-def test_its_sums_are_right_and_it_solves_a_quarter_before_training(
+def test_its_arithmetic_is_right_and_it_solves_a_quarter_before_training(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """256 held-out problems, once each at temperature 1."""
@@ -129,7 +129,7 @@ def test_its_sums_are_right_and_it_solves_a_quarter_before_training(
 
 
 def test_it_learns_to_search_within_a_dozen_steps(tmp_path: Path) -> None:
-    """Three steps' mean accuracy rises by 0.1 or more; a whole run is in the README."""
+    """The mean accuracy of three steps rises by 0.1 or more. The README has the results of whole runs."""
     rollouts = "--steps 12 --questions_per_step 8 --group_size 8 --max_new_tokens 120"
     options = f"{rollouts} --eval_questions 32 --run_dir {tmp_path / 'run'}"
     main(parse_config(options.split()))
@@ -140,7 +140,7 @@ def test_it_learns_to_search_within_a_dozen_steps(tmp_path: Path) -> None:
 @pytest.mark.study
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_default_run_learns_what_the_readme_says(seed: int, tmp_path: Path) -> None:
-    """Minutes each, so by `uv run --group dev pytest -m study` only; the test above is its short form."""
+    """Takes minutes per seed, so it needs `uv run --group dev pytest -m study`. The test above is its short form."""
     main(parse_config(["--seed", str(seed), "--run_dir", str(tmp_path / "run")]))
     before, *_, after = read_lines(tmp_path / "run")
     assert before["eval_pass@1"] <= 0.35 and after["eval_pass@1"] >= 0.75

@@ -1,7 +1,7 @@
-"""R1ZeroTrain.py in motion: sampling, scoring, updating and whole runs, each against a slow and obvious equivalent.
+"""Sampling, scoring, updates and whole runs of R1ZeroTrain.py, each compared with a slow and obvious equivalent.
 
-All on random models of 2 layers. What the formulas give is in test_grpo_math.py, what the command line does in
-test_cli.py.
+All tests use random models of 2 layers. test_grpo_math.py tests the formulas on their own, test_cli.py the command
+line.
 """
 
 import copy
@@ -56,7 +56,7 @@ def config(**options: object) -> Config:
 
 
 def load(folder: Path, eos: int = 16, gradient_checkpointing: bool = False) -> tuple:
-    """Policy and tokenizer; `eos` of the 256 bytes end a completion, as <|endoftext|> does: now one, now another."""
+    """Policy and tokenizer. Like <|endoftext|>, `eos` of the 256 bytes end a completion, so that lengths vary."""
     policy = load_policy(str(folder), gradient_checkpointing)
     policy.generation_config.eos_token_id = list(range(0, 256, 256 // eos))
     return policy, load_tokenizer(str(folder))
@@ -68,7 +68,7 @@ def roll_out(models: tuple, questions: list[dict] = QUESTIONS, **options: object
 
 
 def shapes_read(module: torch.nn.Module) -> list[torch.Size]:
-    """The shape of the first argument in each call of the module from now on."""
+    """Collects the shape of the first argument of each call of the module from now on."""
     shapes = []
     module.register_forward_pre_hook(
         lambda _, args, named: shapes.append([*args, *named.values()][0].shape), with_kwargs=True
@@ -79,14 +79,14 @@ def shapes_read(module: torch.nn.Module) -> list[torch.Size]:
 # --- sampling, and scoring what was sampled --------------------------------------------------------------------------
 
 
-# The last has absolute positions.
+# GPT-2 has absolute positions.
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen2", "tiny_gpt2"])
 @torch.no_grad()
 def test_sampling_and_scoring_equal_a_plain_forward_pass(
     model: str, request: pytest.FixtureRequest
 ) -> None:
     policy, tokenizer = load(request.getfixturevalue(model), eos=4)
-    # Long enough for a cache with room to run out of it.
+    # Long enough for a cache with too little room to run out of it.
     cfg = config(max_new_tokens=90, temperature=1.3)
     rollout = generate(policy, tokenizer, QUESTIONS, 3, cfg)
     eos = torch.tensor([tokenizer.eos_token_id, *policy.generation_config.eos_token_id])
@@ -108,7 +108,7 @@ def test_sampling_and_scoring_equal_a_plain_forward_pass(
         assert torch.isin(ids, eos).tolist() == [False] * (length - 1) + [ended]
         assert ended or length == 90
         assert rollout.text[row] == "<think>" + tokenizer.decode(ids[: length - ended])
-    assert len({*lengths}) > 4 and rollout.truncated.any(), "else this has shown little"
+    assert len({*lengths}) > 4 and rollout.truncated.any(), "or this test shows little"
 
     *found, mask = token_logprobs(policy, rollout, torch.arange(12), cfg)
     assert mask.tolist() == [[t < length for t in range(90)] for length in lengths]
@@ -123,7 +123,7 @@ def test_a_prompt_is_read_once_and_finished_rows_leave_the_batch(tiny_llama: Pat
     (prompts, _), *steps = shapes
     assert prompts == 4, "four prompts are read, not 64"
     for t, (rows, new) in enumerate(steps, start=1):
-        unfinished = int((rollout.lengths > t // 8 * 8).sum())  # when last looked at
+        unfinished = int((rollout.lengths > t // 8 * 8).sum())  # at the last check
         assert new == 1 and unfinished <= rows < unfinished / 0.8
     assert steps[-1][0] < 16
 
@@ -134,27 +134,27 @@ def test_a_completion_does_not_depend_on_what_else_is_in_the_batch(tiny_llama: P
     shapes = shapes_read(policy)
     parts = roll_out(models, rollout_rows=2)
     assert torch.equal(parts.ids, whole.ids) and parts.text == whole.text
-    assert max(shapes)[0] == 2, "even of one question"
+    assert max(shapes)[0] == 2, "completions of one question are sampled in parts, too"
     for i, question in enumerate(QUESTIONS):
         alone = roll_out(models, [question])
         assert torch.equal(alone.ids, whole.ids[3 * i : 3 * i + 3])
-    # Nor on what the tokenizer pads with.
+    # Nor does it depend on the padding token.
     tokenizer.pad_token = tokenizer.eos_token
     policy.config.pad_token_id = policy.generation_config.pad_token_id = tokenizer.eos_token_id
     assert torch.equal(roll_out(models).ids, whole.ids)
 
 
-def test_a_model_without_eos_is_cut_off_at_the_limit(tiny_llama: Path) -> None:
+def test_completions_of_a_model_without_eos_are_truncated(tiny_llama: Path) -> None:
     policy, tokenizer = models = load(tiny_llama)
     policy.generation_config.eos_token_id = tokenizer.eos_token = None
     rollout = roll_out(models)
     assert rollout.truncated.all() and (rollout.lengths == 24).all()
 
 
-def test_what_is_sampled_follows_from_seed_and_index(tiny_llama: Path) -> None:
+def test_samples_depend_on_seed_and_index_not_on_global_state(tiny_llama: Path) -> None:
     models = load(tiny_llama, eos=1)
     first = roll_out(models).text
-    torch.manual_seed(1)  # the global generator has no say
+    torch.manual_seed(1)  # the global generator has no effect
     assert roll_out(models).text == first
     other_seed = roll_out(models, seed=1).text
     other_index = roll_out(models, [q | {"index": f"eval/{q['index']}"} for q in QUESTIONS]).text
@@ -163,13 +163,13 @@ def test_what_is_sampled_follows_from_seed_and_index(tiny_llama: Path) -> None:
     assert len({*twice.text}) == 6
 
 
-def test_tokens_come_as_often_as_their_probability_says() -> None:
+def test_token_frequencies_match_their_probabilities() -> None:
     p = torch.tensor([0.5, 0.25, 0.2, 0.05])
     uniforms = torch.rand(4000, generator=seeded(0, 0))
     tokens, logp = draw(2 * p.log().expand(4000, -1), uniforms, 2.0)
     assert_close(logp, p[tokens].log())
     chi_square = ((torch.bincount(tokens) - 4000 * p) ** 2 / (4000 * p)).sum()
-    assert chi_square < 16.27, "a fair sampler is above once in 1000 seeds (3 degrees of freedom)"
+    assert chi_square < 16.27, "a fair sampler exceeds it in 1 of 1000 seeds (3 degrees of freedom)"
 
 
 def test_inverse_cdf_by_hand_and_never_a_token_of_probability_0() -> None:
@@ -178,7 +178,7 @@ def test_inverse_cdf_by_hand_and_never_a_token_of_probability_0() -> None:
     assert draw(logits, uniforms, 1.0)[0].tolist() == [1, 1, 3, 3, 4, 4]
 
 
-def test_bfloat16_is_a_way_of_computing_and_not_of_storing(tiny_llama: Path) -> None:
+def test_bfloat16_is_used_to_compute_but_not_to_store(tiny_llama: Path) -> None:
     models = load(tiny_llama)
     rollout = roll_out(models)
     exact, rough = (
@@ -193,9 +193,9 @@ def test_bfloat16_is_a_way_of_computing_and_not_of_storing(tiny_llama: Path) -> 
 
 
 def updated(case: tuple, lr: float = 0.0, **options: object) -> tuple[dict, list[Tensor]]:
-    """Metrics, and each update's gradient, of a copy of the policy.
+    """Updates a copy of the policy. Returns the metrics and the gradient of each update.
 
-    By plain gradient descent: Adam's first step is the sign of the gradient, and would magnify rounding."""
+    Uses plain gradient descent: Adam's first step is the sign of the gradient, which would magnify rounding."""
     policy, reference, rollout, advantages = case
     policy, cfg, gradients = copy.deepcopy(policy), config(**options), []
     optimizer = torch.optim.SGD(policy.parameters(), lr)
@@ -218,7 +218,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def case(tiny_llama: Path) -> tuple:
-    """A policy, a reference and a rollout that have something for each term of the objective to do."""
+    """A policy, a reference and a rollout for which no term of the objective is 0."""
     models = load(tiny_llama)
     reference, noise = copy.deepcopy(models[0]), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_update_equals_the_formula_written_out(case: tuple, loss: str, kl_beta: 
     metrics, gradients = updated(case, lr=0.02, **options)
     initial, reference, rollout, advantages = case
 
-    # Proven by hand in test_grpo_math.py.
+    # Checked by hand in test_grpo_math.py.
     weights = token_weights(rollout.lengths, loss, 24)
     policy, old, seen = copy.deepcopy(initial), [], []
     for gradient in gradients:
@@ -258,7 +258,7 @@ def test_update_equals_the_formula_written_out(case: tuple, loss: str, kl_beta: 
             for p in policy.parameters():
                 p -= 0.02 * p.grad
     clip_fraction, entropy, kl = torch.cat(seen, dim=1).mean(1).tolist()
-    assert len(gradients) == 2 and clip_fraction > 0.05, "else the clip was not put to the test"
+    assert len(gradients) == 2 and clip_fraction > 0.05, "or the clip was not tested"
     assert metrics == {
         "clip_fraction": approx(clip_fraction, abs=0.01),
         "entropy": approx(entropy, rel=1e-4),
@@ -272,7 +272,7 @@ def test_update_equals_the_formula_written_out(case: tuple, loss: str, kl_beta: 
 def test_update_does_not_depend_on_the_size_of_micro_batches(
     case: tuple, loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # In float64, so that what is left of rounding is far below the 1e-6 that are allowed.
+    # In float64, so that rounding is far below the tolerance of 1e-6.
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     exact = [copy.deepcopy(model).double() for model in case[:2]]
     (whole, (gradient,)), *parts = (
@@ -300,7 +300,7 @@ def test_first_update_has_ratio_exactly_1_and_the_second_has_not(
     assert parts > 1 and exact == [True] * parts + [False] * parts
 
 
-def test_the_heads_gradient_is_added_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_from_the_head_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under FSDP states are bfloat16, and a vocabulary has hundreds of pieces."""
     monkeypatch.setattr(R1ZeroTrain, "LOGITS_AT_ONCE", 0)  # pieces of one row
     states, head = (torch.randn(n, 16, generator=seeded(0, n)).bfloat16() for n in (32, 2000))
@@ -314,8 +314,8 @@ def test_the_heads_gradient_is_added_up_in_float32(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "model", ["tiny_llama", "tiny_gpt2"]
-)  # the second has dropout: it stays off
-def test_gradient_checkpointing_changes_memory_alone(
+)  # the second model has dropout, which stays off
+def test_gradient_checkpointing_changes_only_memory(
     model: str, request: pytest.FixtureRequest
 ) -> None:
     found = []
@@ -323,7 +323,7 @@ def test_gradient_checkpointing_changes_memory_alone(
         policy, _ = models = load(request.getfixturevalue(model), 16, checkpointing)
         shapes = shapes_read(policy)
         rollout = roll_out(models, rollout_rows=100)
-        assert {new for _, new in shapes[1:]} == {1}, "the sampler has its cache all the same"
+        assert {new for _, new in shapes[1:]} == {1}, "the sampler still has its cache"
         (blocks,) = (m for m in policy.modules() if isinstance(m, torch.nn.ModuleList))
         calls = shapes_read(blocks[0].mlp)
         case = policy, policy, rollout, torch.linspace(-1, 1, 12)
@@ -336,7 +336,7 @@ def test_gradient_checkpointing_changes_memory_alone(
     assert leaner[2] == 3, "both at once, and once more for the policy in its backward pass"
 
 
-def test_a_long_gradient_is_scaled_to_max_grad_norm_and_logged_as_it_was(case: tuple) -> None:
+def test_a_large_gradient_is_clipped_and_its_original_norm_is_logged(case: tuple) -> None:
     metrics, (gradient,) = updated(case, kl_beta=0.1, max_grad_norm=0.01)
     assert float(gradient.norm()) == approx(0.01, rel=1e-3)
     assert metrics == updated(case, kl_beta=0.1)[0] and metrics["grad_norm"] > 0.1
@@ -396,7 +396,7 @@ def same_run(left: Path, right: Path) -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def _trivial_reward() -> Iterator[None]:
-    """Rewards a small letter, and makes an import of wandb fail: only --wandb may want it."""
+    """Rewards a lower-case letter, and makes importing wandb fail, because only --wandb may need it."""
     rewarded = dataclasses.replace(TASKS["countdown"], reward=letter_reward)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "countdown", rewarded)
@@ -461,10 +461,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert len(read_lines(stopped)) == 3, "step 2 is in the log, but not in the checkpoint"
     updates += [update] * (STEPS + 1 - 2)
     main(parse_config(["--resume", str(stopped)]))
-    assert not updates, "it goes on from step 2"
+    assert not updates, "it continues from step 2"
     assert same_run(stopped, finished)
 
-    # A run that is complete can go on, too.
+    # A complete run can be continued, too.
     updates += [update] * 3
     main(parse_config(["--resume", str(stopped), "--steps", str(STEPS + 2)]))
     lines = numbers(stopped)
@@ -473,7 +473,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert [line["step"] for line in lines if "eval_pass@1" in line] == [0, STEPS + 2]
 
 
-def test_training_finds_what_is_rewarded(tiny_llama: Path, tmp_path: Path) -> None:
+def test_training_increases_the_reward(tiny_llama: Path, tmp_path: Path) -> None:
     more = {"lr": 0.02, "steps": 8, "max_new_tokens": 3, "group_size": 32}
     first, *_, last = read_lines(run(tiny_llama, tmp_path / "run", **more))
     assert first["reward"] < 0.5 and last["reward"] > first["reward"] + 0.4
@@ -492,7 +492,7 @@ def test_a_run_with_gradient_checkpointing_is_the_same_run(
 def test_evaluation_is_a_function_of_the_weights(
     finished: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """A run that learns nothing measures the same before and after, and as any other run does before it starts."""
+    """A run that learns nothing has the same metrics before and after, and any other run has them before training."""
     before, _, after = numbers(run(tiny_llama, tmp_path / "run", lr=0, steps=2))
     for name in EVALUATION.split():
         assert before[name] == after[name] == read_lines(finished)[0][name]

@@ -1,9 +1,10 @@
-"""Optimizer steps of `update` give the weights that TRL's GRPOTrainer gives, from the same completions and rewards.
+"""From the same completions and rewards, `update` gives the same weights as TRL's GRPOTrainer.
 
     uv run --group dev --with trl pytest -m study -k trl -s
 
-In float64, for each loss and advantage scale, with one and with four updates of a rollout. Then each of DIFFERENCES, an
-edit of R1ZeroTrain.py, has to change the weights by far more than rounding: the comparison would notice such a mistake.
+This holds in float64, for each loss and advantage scale, with one and with four updates per rollout. Then each of
+DIFFERENCES, an edit of R1ZeroTrain.py, must change the weights by far more than rounding. The comparison would
+therefore notice such a mistake.
 """
 
 import sys
@@ -22,7 +23,7 @@ from R1ZeroTrain import Config, Rollout
 
 Q, G, T = 6, 4, 8  # questions, completions of each, most tokens of a completion
 EOS = 256  # of the tokenizer in conftest.py
-ADAM_EPS = 0.01  # large, because Adam would hide a wrong scale of the gradient otherwise
+ADAM_EPS = 0.01  # large, because otherwise Adam would hide a wrong scale of the gradient
 ROUNDING, NOTICED = 1e-10, 1e-5  # distances between weights, divided by how far training moved them
 
 CASES = list(product(["grpo", "dapo", "dr_grpo"], ["group", "none"], [1, 4]))
@@ -31,7 +32,7 @@ MEAN, CLAMP = "rewards - rewards.mean(dim=1, keepdim=True)", "clamp(1 - clip_low
 MINIMUM = "torch.minimum(ratio * advantages, clipped * advantages)"
 WEIGHTS = "token_weights(lengths[rows], cfg.loss, cfg.max_new_tokens) / len(batches)"
 PREDICT = "predict(policy, rollout.prompt_ids[rows], ids, "
-DIFFERENCES = {  # in which case, what R1ZeroTrain.py says, what it says instead
+DIFFERENCES = {  # name -> the case, code of R1ZeroTrain.py, the code that replaces it
     "std with ddof 0": (ONE, "rewards.std(dim=1,", "rewards.std(correction=0, dim=1,"),
     "std without 1e-4": (("dr_grpo", "group", 1), "keepdim=True) + 1e-4)", "keepdim=True))"),
     "mean of all groups": (ONE, MEAN, "rewards - rewards.mean()"),
@@ -63,8 +64,8 @@ def options(case: tuple, model: Path) -> Config:
         temperature=0.9,
         lr=1e-3,
         kl_beta=0.1,
-        clip_high=0.28,  # not clip_low, so that exchanging them shows
-        max_grad_norm=3.0,  # some gradients are larger, some are not
+        clip_high=0.28,  # not clip_low, so that swapping them is noticed
+        max_grad_norm=3.0,  # some gradients are larger, some smaller
         tokens_per_microbatch=70,  # micro-batches of 4 to 6 rows; TRL has three of 8
         device="cpu",
     )
@@ -79,7 +80,7 @@ def make_rollout() -> tuple[Rollout, torch.Tensor]:
 
     places, lengths = torch.arange(T), 1 + random(T, Q * G)
     truncated = (lengths == T) & (random(4, Q * G) > 0)  # the last of T tokens may also be EOS
-    # Of 8 tokens only: what one completion makes likelier, another one makes less likely.
+    # There are only 8 tokens, so that completions with opposite advantages share them.
     ids = random(8, Q * G, T)
     ids[(places == lengths[:, None] - 1) & ~truncated[:, None]] = EOS
     ids[places >= lengths[:, None]] = -1
@@ -92,7 +93,7 @@ def make_rollout() -> tuple[Rollout, torch.Tensor]:
 
 @torch.no_grad()
 def move(policy: torch.nn.Module) -> torch.nn.Module:
-    """Away from the reference, so that the KL counts at the first update."""
+    """Moves the policy away from the reference, so that the KL is not 0 at the first update."""
     rng = torch.Generator().manual_seed(1)
     for weight in policy.parameters():
         weight += 0.02 * torch.randn(weight.shape, generator=rng)
@@ -128,7 +129,7 @@ def theirs(case: tuple, model: Path) -> torch.Tensor:
         for name, ids in {"prompt_ids": rollout.prompt_ids, "completion_ids": rollout.ids}.items()
     }
     trainer = GRPOTrainer(
-        model=move(R1ZeroTrain.load_policy(cfg.model)),  # it reads the reference from the folder
+        model=move(R1ZeroTrain.load_policy(cfg.model)),  # TRL reads the reference from the folder
         reward_funcs=lambda completions, **_: rewards.flatten().tolist(),
         args=args,
         train_dataset=Dataset.from_dict({"prompt": ["not used"] * Q}),
@@ -141,9 +142,9 @@ def theirs(case: tuple, model: Path) -> torch.Tensor:
 
 
 def edited(old: str, new: str) -> ModuleType:
-    """R1ZeroTrain with other code in one place."""
+    """R1ZeroTrain with the code `old` replaced by `new`."""
     source = Path(R1ZeroTrain.__file__).read_text()
-    assert source.count(old) == 1, f"R1ZeroTrain.py has changed; find another way to say {old}"
+    assert source.count(old) == 1, f"R1ZeroTrain.py has changed; update the pattern {old}"
     module = ModuleType("R1ZeroTrain")
     module.__file__ = R1ZeroTrain.__file__
     exec(source.replace(old, new), module.__dict__)
@@ -152,7 +153,7 @@ def edited(old: str, new: str) -> ModuleType:
 
 @pytest.fixture
 def model(tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A model of float64. From here on, what asks for float32 gets float64, in both."""
+    """A float64 model. From here on, code that asks for float32 gets float64, here and in TRL."""
     pytest.importorskip("trl", reason="needs uv run --with trl")
     import trl.trainer.grpo_trainer  # noqa: F401  # an import below would keep the wrong float32
 

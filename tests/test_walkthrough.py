@@ -2,10 +2,10 @@
 
 A number in bold in its text was printed by the code cell right above. Cells tagged `measured` print timings or results
 of training, which depend on the size of the run and on the machine. All others print the same every time, so their
-outputs in the file, the sources that they show included, must be those of a run today. If they are not:
+outputs in the file, including the sources that they show, must equal those of a new run. To refresh them:
 
-    WALKTHROUGH=small uv run --group dev tests/test_walkthrough.py    # refresh all but the `measured` cells, in two minutes
-    uv run --group dev tests/test_walkthrough.py                      # refresh all, in minutes; then correct the figures in the text
+    WALKTHROUGH=small uv run --group dev tests/test_walkthrough.py  # all but the `measured` cells, in two minutes
+    uv run --group dev tests/test_walkthrough.py                    # all, in minutes; then correct figures in the text
 """
 
 import ast
@@ -46,7 +46,7 @@ def is_measured(cell: NotebookNode) -> bool:
 
 
 def printed(cell: NotebookNode) -> tuple[str, str]:
-    """What the cell printed, which may come in several pieces, and the sources that it showed."""
+    """What the cell printed, joined from several pieces, and the sources that it showed."""
     sources = [out.get("data", {}).get("text/markdown", "") for out in cell.outputs]
     return "".join(out.get("text", "") for out in cell.outputs), "".join(sources)
 
@@ -100,7 +100,7 @@ def test_each_figure_in_the_text_was_printed_right_above() -> None:
 
 
 def test_it_runs_and_prints_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer steps and samples than in the outputs of the `measured` cells."""
+    """Runs fewer steps and samples than the stored outputs of the `measured` cells."""
     monkeypatch.setenv("WALKTHROUGH", "small")
     for old, new in zip(code_cells(read()), code_cells(executed()), strict=True):
         assert is_measured(old) or printed(old) == printed(new), "stale outputs: see the docstring"
