@@ -1,4 +1,4 @@
-"""Plots training accuracy and completion length of finished runs, say three seeds of one recipe:
+"""Plots training accuracy and completion length of finished runs, such as three seeds of a recipe:
 
 uv run --with matplotlib notebooks/plot_runs.py runs/a runs/b runs/c curves.png
 """
@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure  # not pyplot, which would choose a backend for a screen
+from matplotlib.figure import Figure  # pyplot would choose a backend for a screen
 
 NAMES = {"accuracy": "training accuracy", "length": "completion length (tokens)"}
 
