@@ -188,7 +188,7 @@ def generate(policy, tokenizer, questions: list, group_size: int, cfg) -> Rollou
 
 @torch.no_grad()
 def sample(policy, prompt_ids: Tensor, uniforms: Tensor, eos: Tensor, cfg) -> tuple:
-    """Completes prompt_ids [n, P] with random numbers uniforms [n, T], until every row has its EOS.
+    """Completes prompt_ids [n, P] with random numbers uniforms [n, T], up to EOS or T tokens.
 
     Returns ids and logp_sampled, both [n, T]. A row may continue for a few tokens after its EOS."""
     ids = torch.full_like(uniforms, -1, dtype=torch.long)
@@ -634,7 +634,7 @@ def make_accelerator(cfg: Config):
 def memory_plan(config, cfg, prompt_tokens: int) -> dict:
     """Estimates the GB that a run takes on its device from the shape of the model. For each token,
     autograd keeps what layers read and write; with gradient checkpointing, about a twelfth of that.
-    To cover temporary tensors, prompts count in each row, and Adam as 14 bytes instead of 12."""
+    To cover temporary tensors, prompts count in each row, and each trained weight as 14 bytes."""
     with torch.device("meta"):  # shapes without weights
         model = AutoModelForCausalLM.from_config(config)
     weights, size = model.num_parameters() / 1e9, 2 if cfg.dtype == "bfloat16" else 4
@@ -886,7 +886,7 @@ def main(cfg: Config) -> None:
         return
     os.environ.setdefault("WANDB_MODE", "offline")
     accelerator.init_trackers("r1-zero", vars(cfg), {"wandb": {"dir": run_dir}})
-    # Line s of the log describes the policy after s updates, so there is one more line than steps.
+    # Line s of the log describes the policy after s steps, so there is one more line than steps.
     for step in (bar := tqdm(range(start, cfg.steps + 1), "step", disable=not IS_MAIN)):
         last = step == cfg.steps
         if IS_MAIN and step > start and (last or step % (cfg.save_every or cfg.steps) == 0):

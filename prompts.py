@@ -461,7 +461,7 @@ def load_questions(
 
 
 def held_out_questions(task: Task, evaluated: dict, count: int, draw: Callable) -> list[dict]:
-    """Returns `count` questions from the rows `evaluated`, or generated ones if it is empty."""
+    """Returns at most `count` questions from the rows `evaluated`, or `count` generated ones."""
     rng = Random("held-out")
     rows = rng.sample(list(evaluated.values()), len(evaluated))
     if rows:

@@ -565,8 +565,8 @@ def eval_metrics(samples: list[dict], k: int) -> dict:
 def step_means(samples: list[dict]) -> dict[str, float]:
     """Returns the means over the samples of a training step.
 
-    `equal_groups` is the share of samples with an advantage of 0, because all rewards of their
-    group are equal. They contribute nothing to the policy gradient.
+    `equal_groups` is the share of samples with an advantage of 0, nearly always because all rewards
+    of their group are equal. They contribute nothing to the policy gradient.
     """
     names = ("reward", "accuracy", "format", "length", "truncated")
     means = {name: fmean(sample[name] for sample in samples) for name in names}

@@ -362,7 +362,7 @@ def test_micro_batches_add_up_to_the_whole(loss: str, kl_beta: float) -> None:
 
 @LOSSES
 def test_first_update_is_exact(loss: str) -> None:
-    # Except for logp, all values are powers of two: sums are exact in any order, so the test can require equality.
+    # Except for logp, all values are exact in binary: sums are exact in any order, so the test can require equality.
     lengths = torch.tensor([1, 2, 4, 8, 8, 4, 4, 1])  # 8 rows, 32 tokens
     logp = -3 * torch.rand(8, 8, generator=torch.Generator().manual_seed(1)) - 0.001
     case = {

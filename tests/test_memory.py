@@ -105,7 +105,7 @@ def test_a_run_that_may_not_fit_names_options_that_help_and_goes_on(
 
 
 def peak_of_a_run(shape: str, words: list[str], folder: str) -> None:
-    """In its own process: prints the model's parameters, the plan and the peak minus the memory of imports, in GB."""
+    """In its own process: prints the plan and the peak minus the memory of imports, in GB."""
     import benchmark  # the shapes
 
     benchmark.add_digits(prompt := 170, spread=0)

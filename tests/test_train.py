@@ -301,7 +301,7 @@ def test_first_update_has_ratio_exactly_1_and_the_second_has_not(
 
 
 def test_the_gradient_from_the_head_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under FSDP states are bfloat16, and a vocabulary has hundreds of pieces."""
+    """With --dtype bfloat16, states are bfloat16, and a vocabulary has hundreds of pieces."""
     monkeypatch.setattr(R1ZeroTrain, "LOGITS_AT_ONCE", 0)  # pieces of one row
     states, head = (torch.randn(n, 16, generator=seeded(0, n)).bfloat16() for n in (32, 2000))
     gradients = []
