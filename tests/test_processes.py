@@ -108,7 +108,7 @@ def test_a_run_can_be_resumed_by_more_or_fewer_processes(
     run_dir, out = tmp_path / "run", tmp_path / "out"
     words = [*words, run_dir]
     for number, saved in ((2, 2), (1, 4)):
-        said = launch(words, out, number, partial(prepare, stop_at=40), 130)
+        said = launch(words, out, number, partial(prepare, stop_at=35), 130)
         assert [text.count(f"stopped; to continue: {RESUME} {run_dir}\n") for text in said] == [
             rank == 0 for rank in range(number)
         ]
