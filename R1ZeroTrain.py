@@ -83,7 +83,7 @@ class Config:
     dataset: str = ""  # hub name, folder, or .jsonl .json .csv .parquet file; empty: the task's own
     eval_dataset: str = ""  # dataset to evaluate on; empty: the held-out part of --dataset
     # Rollouts
-    steps: CountOrZero = 36  # number of rollouts to train on
+    steps: CountOrZero = 34  # number of rollouts to train on
     questions_per_step: Count = 16  # Q: questions per step, over all processes
     group_size: Annotated[int, 2] = 16  # G: completions sampled for each question
     max_new_tokens: Count = 256  # T: tokens after which a completion is truncated
@@ -91,7 +91,7 @@ class Config:
     rollout_rows: Count = 256  # completions sampled at a time; bounds the KV cache
     format_weight: Float = 0.1  # reward for the right format; a correct answer earns 1
     # Update
-    lr: Float = 4e-4  # initial learning rate of AdamW; it decays linearly to 0
+    lr: Float = 2.5e-4  # initial learning rate of AdamW; it decays linearly to 0
     kl_beta: Float = 0.001  # beta: weight of the KL penalty; 0 needs no reference model
     clip_low: Float = 0.2  # epsilon: the ratio is clipped at 1 - clip_low
     clip_high: Float = 0.2  # epsilon: the ratio is clipped at 1 + clip_high

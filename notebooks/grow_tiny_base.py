@@ -1,11 +1,11 @@
 """Grows notebooks/tiny-base, the base model that `uv run R1ZeroTrain.py` trains: `uv run notebooks/grow_tiny_base.py`.
 
-It stands in for the base model of the paper, and is made the way that one was: next-token prediction on text that
-people wrote before anyone thought of rewards. The people here are imaginary, and play Countdown without a plan: each
-takes two of the numbers at random, goes through the operations, tries with each result what it makes with the third
-number, says "no" to it, or "yes" if it is the target, and then takes another two. Most lose patience after a try or
-two and hand in their last attempt as it is; a few keep at it. So the model learns arithmetic (its sums are right), the
-tags, and that one may try again, but not that trying again pays: that is left for reinforcement learning to find out.
+The base stands in for a pretrained model. It is trained by next-token prediction on synthetic search traces for
+Countdown. A trace takes the three numbers in pairs, from the left: first and second, first and third, second and third.
+It combines each pair with every operation, combines each result with the third number, and writes "no" after each
+attempt that misses the target and "yes" after the one that hits it. Three in four traces give up after one or two
+attempts and answer with the last of them. So the base knows arithmetic, the format and how to search, but it rarely
+searches long enough. That longer search earns more reward is left for reinforcement learning to discover.
 
     Numbers: 8 7 4 Target: 36
     <think>
@@ -19,9 +19,7 @@ tags, and that one may try again, but not that trying again pays: that is left f
     <answer>(8 - 7) + 4</answer>
 
 No held-out problem appears in the corpus: of the 2,144 problems with three numbers from 1 to 9 and a target from 1 to
-99, one in four is held out, by a hash of its sorted numbers and its target. Growing takes 17 minutes on 2 cores. The model
-in notebooks/tiny-base was grown when a target was drawn among the training problems of its numbers only. Now a held-out
-problem is drawn again as a whole, so the same seed gives other problems, and a model that is equivalent but not identical.
+99, one in four is held out, by a hash of its sorted numbers and its target. Growing takes 24 minutes on 2 cores.
 """
 
 import argparse
@@ -43,18 +41,21 @@ sys.path.insert(0, str(ROOT))
 
 from prompts import countdown_key, countdown_problem, is_held_out  # noqa: E402
 
-# The run's numbers end at 9. With no larger ones here there would be 1,600 problems, few enough to learn by heart where
-# the target is hit, in place of comparing each result with it.
-NUMBERS = (1, 15)
-LARGEST = 99  # whole numbers are tokens, and an attempt that leaves 0..99 is not made
-PATIENT = 0.22  # share of the people who hardly ever give up
+# The default run uses numbers up to 9. They give only 1,600 training problems: a base grown on these alone memorized
+# where the target is hit, and did not compare each result with the target. So half of the traces have numbers up to 15.
+LARGEST_NUMBERS = (9, 15)
+LARGEST = 99  # each whole number is a token, and no attempt leaves 0..99
+PATIENT = 0.22  # share of the traces that hardly ever give up
 DOCUMENTS = 320  # in a step, about 16,000 tokens
 TOKENS = 2048  # in a micro-batch: what stays in the CPU's cache
 QUESTION = 11  # tokens of a question: it is random, so there is nothing to learn from predicting it
-STEPS = 800
+STEPS = 1200
+# The logits are multiplied by this. The small chances of a wrong token add up over a hundred tokens: trained by the
+# default run, the base ended at an accuracy of 0.95 without this factor, and of 0.97 with it.
+SHARPNESS = 1.4
 
-# The prompt is what a tiny model can read: `Numbers: 8 7 4 Target: 36`, cut out of TinyZero's sentence. What else is
-# asked stays as it is, and the model's own template leaves the system message out.
+# The prompt is short enough for a tiny model: `Numbers: 8 7 4 Target: 36`, cut out of TinyZero's sentence. Any other
+# question stays as it is. The system message is left out.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == 'user' and 'Using the numbers [' in message.content -%}
@@ -71,7 +72,7 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each whole number and each piece of the corpus, bytes for all else: any text survives the trip."""
+    """One token for each whole number and each piece of the corpus, bytes for all else: any text can be encoded."""
     special = ["<|pad|>", "<|endoftext|>"]
     pieces = ["Numbers: ", " Target: ", "<think>", "</think>", "<answer>", "</answer>"]
     pieces += [" + ", " - ", " * ", " / ", " = ", ", ", " no\n", " yes\n", "\n", " ", "(", ")"]
@@ -107,29 +108,29 @@ def one_step(a: int, b: int) -> list[tuple[int, str, int, int]]:
 
 
 def written(rng: random.Random, a: int, operator: str, b: int) -> str:
-    """A sum as somebody may write it: a + b or b + a."""
+    """The operation as text, with the operands of + and * in random order."""
     return (
         f"{b} {operator} {a}" if operator in "+*" and rng.random() < 0.5 else f"{a} {operator} {b}"
     )
 
 
 def attempts(rng: random.Random, a: int, b: int, c: int) -> Iterator[tuple[str, int, str, int]]:
-    """All (first sum, its result, second sum, its result), one pair of the numbers after the other in random order."""
-    pairs = sorted(
-        {(min(a, b), max(a, b), c), (min(a, c), max(a, c), b), (min(b, c), max(b, c), a)}
-    )
-    for one, other, third in rng.sample(pairs, len(pairs)):
-        for x, operator, y, result in one_step(one, other):
+    """All (first operation, its result, second operation, its result), one pair of the numbers after the other."""
+    pairs = {tuple(sorted(pair)): third for *pair, third in [(a, b, c), (a, c, b), (b, c, a)]}
+    for pair, third in pairs.items():
+        for x, operator, y, result in one_step(*pair):
             first = written(rng, x, operator, y)
             for x, operator, y, last in one_step(result, third):
                 yield first, result, written(rng, x, operator, y), last
 
 
 def document(rng: random.Random) -> str:
-    """One person's attempts at one training problem, and the last of them as the answer."""
+    """A trace of attempts at one training problem, with the last attempt as the answer."""
     held_out = True
     while held_out:
-        numbers, target = countdown_problem(rng, operand_range=NUMBERS, target_range=(1, LARGEST))
+        numbers, target = countdown_problem(
+            rng, operand_range=(1, rng.choice(LARGEST_NUMBERS)), target_range=(1, LARGEST)
+        )
         held_out = is_held_out(countdown_key(numbers, target))
     # The chance of giving up after an attempt that missed.
     gives_up = 0.01 if rng.random() < PATIENT else rng.uniform(0.5, 1.0)
@@ -141,13 +142,13 @@ def document(rng: random.Random) -> str:
         lines.append(f"{second} = {last} {'yes' if last == target else 'no'}")
         if last == target or rng.random() < gives_up:
             break
-    # The second sum with the first one in the place of its result.
+    # The second operation, with the first one in the place of its result.
     answer = re.sub(rf"\b{result}\b", f"({first})", second, count=1)
     return "\n".join([*lines, "</think>", f"<answer>{answer}</answer>"])
 
 
 def microbatches(documents: list[list[int]]) -> list[torch.Tensor]:
-    """Documents of like length together, padded on the right with -1, at most TOKENS tokens in each."""
+    """Documents of similar length together, padded on the right with -1, at most TOKENS tokens in each."""
     batches: list[list[list[int]]] = []
     for document in sorted(documents, key=len, reverse=True):
         if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > TOKENS:
@@ -190,7 +191,7 @@ def grow(steps: int, seed: int, folder: Path) -> None:
         scale = min(1.0, (step + 1) / 20, (steps - step) / (0.4 * steps))
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * scale
-        # Each document stands alone, as it will when it is sampled: packed together they would have to be told apart.
+        # Documents are not packed into one sequence: each is seen alone, as in sampling.
         texts = [document(rng) + tokenizer.eos_token for _ in range(DOCUMENTS)]
         documents = tokenizer(texts)["input_ids"]
         total, count = 0.0, sum(map(len, documents)) - DOCUMENTS * QUESTION
@@ -214,6 +215,8 @@ def grow(steps: int, seed: int, folder: Path) -> None:
             optimizer.zero_grad()
         if step % 20 == 0 or step == steps - 1:
             print(f"step {step:4d}  loss {total:.4f}  {time.time() - started:.0f} s", flush=True)
+    with torch.no_grad():
+        model.model.norm.weight *= SHARPNESS  # the head multiplies this norm's output
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -167,7 +167,7 @@ def test_bfloat16_and_gradient_checkpointing(words: list, tmp_path: Path) -> Non
 
 
 def test_the_learning_rate_is_five_times_that_of_the_recipe() -> None:
-    rates = {"": 4e-4, "--lora_rank 8": 2e-3, "--lora_rank 8 --lr 1e-3": 1e-3}
+    rates = {"": 2.5e-4, "--lora_rank 8": 1.25e-3, "--lora_rank 8 --lr 1e-3": 1e-3}
     rates |= {
         "--recipe gsm8k": 5e-6,
         "--recipe gsm8k --lora_rank 0": 1e-6,
