@@ -9,9 +9,8 @@
     6. take mu optimizer steps on each rollout                            update
     7. from time to time, measure accuracy on held-out questions          evaluate
 
-    uv run R1ZeroTrain.py                              # train a tiny model, on any computer
-    uv run --extra lora R1ZeroTrain.py --recipe gsm8k  # train a 1.5B model on GSM8K
-    uv run R1ZeroTrain.py --help                       # list all options with their defaults
+`uv run R1ZeroTrain.py` trains a tiny model on any computer, `uv run --extra lora R1ZeroTrain.py
+--recipe gsm8k` a model of 1.5B on GSM8K. Add `--help` for all options with their defaults.
 
 Equation numbers are those of DeepSeek-R1 (arXiv 2501.12948). The file has four parts: algorithm,
 evaluation, speed and run. Part 1 is all of GRPO. Of Part 3, you need only the docstrings.
@@ -847,13 +846,14 @@ def report(run_dir: Path, cfg) -> None:
     """Prints evaluations before and after training, a question that was learned, and next steps."""
     lines, samples = ([json.loads(x) for x in (run_dir / f).read_text().splitlines()] for f in LOGS)
     print(f"{'held-out':16}{'before':>29}{'after':>29}")
-    print_table(lines[0], lines[-1])
-    samples = [s for s in samples if "advantage" not in s]  # evaluations
-    before, after = ([s for s in samples if s["step"] == x["step"]] for x in (lines[0], lines[-1]))
-    old, new = max(zip(before, after), key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
+    ends = lines[0], lines[-1]
+    print_table(*ends)  # next, both evaluations' samples: those of training have an advantage
+    both = ([s for s in samples if s["step"] == x["step"] and "advantage" not in s] for x in ends)
+    old, new = max(zip(*both), key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
     print(printable(f"\n{old['question']}\n\nbefore: {old['text']}\n\nafter: {new['text']}\n"))
     command = f"uv run R1ZeroTrain.py --resume {run_dir}"
-    print(f"To ask it:   {command} --ask '8 7 4 = 36'")
+    question = "8 7 4 = 36" if cfg.task == "countdown" else "your question"
+    print(f"To ask it:   {command} --ask '{question}'")
     print(f"To continue: {command} --steps {2 * cfg.steps}")
     try:
         from notebooks.plot_runs import plot

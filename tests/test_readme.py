@@ -132,7 +132,7 @@ def benchmark_row(model: str, step: str, *figures: str) -> list[str]:
 # The start of a table -> a function from the cells of a row to what they should be.
 TABLES: dict[str, Callable[..., list[str]]] = {
     "| you have |": hardware_row,
-    "| random model |": benchmark_row,
+    "| model |": benchmark_row,
 }
 
 
@@ -192,8 +192,8 @@ def test_the_defaults_beside_those_of_trl_are_ours() -> None:
     for _, _, here, default in rows("| TRL |"):
         ours = [str(getattr(Config, name)) for name in re.findall(r"--(\w+)", here)]
         if default:
-            assert set(default.split("; ")) == set(ours), here
-            compared += 1
+            assert default.split("; ") == list(dict.fromkeys(ours)), here
+            compared += len(ours)
     assert compared > 10
 
 
@@ -249,10 +249,10 @@ SMALL += " --eval_questions 4"
 
 
 def commands() -> list[list[str]]:
-    """The words of each command, in the order of the page."""
+    """The words of each command, in the order of the page. There are no comments: zsh on a Mac refuses them."""
     shell = re.compile(r"^```sh\n(.*?)^```$|`(uv run [^`]+)`", re.MULTILINE | re.DOTALL)
     found = ["".join(groups) for groups in shell.findall(README)]
-    words = [shlex.split(line, comments=True) for text in found for line in text.splitlines()]
+    words = [shlex.split(line) for text in found for line in text.splitlines()]
     return [list(command) for command in dict.fromkeys(map(tuple, words)) if command]
 
 
@@ -292,7 +292,7 @@ def try_out(words: list[str]) -> None:
     groups = {word for flag, word in zip(words, words[1:]) if flag in ("--group", "--extra")}
     project = (ROOT / "pyproject.toml").read_text()
     assert all(f"\n{group} = [" in project for group in groups)
-    files = [word for word in (program, *options) if re.search(r"\.(py|ipynb|png)$", word)]
+    files = [word for word in (program, *options) if re.search(r"\.(py|ipynb)$", word)]
     assert all((ROOT / file).exists() for file in files if file != "dozens.py"), words
     if program == "tests/benchmark.py":
         code = (ROOT / program).read_text()

@@ -403,8 +403,8 @@ def test_without_a_hub_or_a_library(
 def test_the_readmes_own_task_runs_as_it_stands(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (command,) = re.findall(r"`(uv run dozens.py .*?)`", text)
-    _, _, name, *words = shlex.split(command)
+    (command,) = re.findall(r"`uv run --extra lora (dozens.py .*?)`", text)
+    name, *words = shlex.split(command)
     Path(name).write_text(program)
     small = ["--steps", "1", "--max_new_tokens", "8", "--eval_questions", "4", "--run_dir", "run"]
     done = subprocess.run(
