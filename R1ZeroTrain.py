@@ -846,8 +846,8 @@ def report(run_dir: Path, cfg) -> None:
     """Prints evaluations before and after training, a question that was learned, and next steps."""
     lines, samples = ([json.loads(x) for x in (run_dir / f).read_text().splitlines()] for f in LOGS)
     print(f"{'held-out':16}{'before':>29}{'after':>29}")
-    ends = lines[0], lines[-1]
-    print_table(*ends)  # next, both evaluations' samples: those of training have an advantage
+    ends = lines[0], lines[-1]  # the evaluations before and after training
+    print_table(*ends)  # below, "advantage" tells samples of training from those of evaluations
     both = ([s for s in samples if s["step"] == x["step"] and "advantage" not in s] for x in ends)
     old, new = max(zip(*both), key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
     print(printable(f"\n{old['question']}\n\nbefore: {old['text']}\n\nafter: {new['text']}\n"))

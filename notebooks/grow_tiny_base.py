@@ -108,7 +108,8 @@ def one_step(a: int, b: int) -> list[tuple[int, str, int, int]]:
 
 
 def written(rng: random.Random, a: int, operator: str, b: int) -> str:
-    """The operation as text, with the operands of + and * in random order."""
+    """The operation as text, with the operands of + and * in random order. In a fixed order, the base memorized
+    traces: it wrote "no" where a held-out problem's target was hit, and the default run ended at 0.92."""
     return (
         f"{b} {operator} {a}" if operator in "+*" and rng.random() < 0.5 else f"{a} {operator} {b}"
     )

@@ -26,13 +26,13 @@ step is a warm-up and does not count.
 - ratio: TRL divided by ours.
 
 Why these figures: wide gains most, because logits [N, T, V] never exist as a whole. They are computed one piece of the
-vocabulary at a time, and again in the backward pass. Half of narrow's step is the update, near the rate of the
-machine's matrix products (1.6 of 1.8 s). The other half is sampling, where each row reads its own copy of its prompt's
-keys and values. Reading them once per question took about fifty more lines and 1.19 s instead of 1.67 s, but gained
-nothing in the default run (18,000 tokens/s, 20,300 without), so it was left out. With --flatness on narrow, sampling a
-token takes 17 ms if 64 are sampled and 30 ms if 1,024 are. The difference is attention over more tokens. Everything
-else stays between 0.88 and 1.00 of the first figure, and the update's peak memory goes from 1.17 GB with 64 rows to
-1.19 GB with 512.
+vocabulary at a time, and again in the backward pass. Half of narrow's step is the update, at half the rate of large
+matrix products (they would take 0.93 of its 1.77 s). The other half is sampling, where each row reads its own copy of
+its prompt's keys and values. Reading them once per question took about fifty more lines and 1.19 s instead of 1.67 s,
+but gained nothing in the default run (18,000 tokens/s, 20,300 without), so it was left out. With --flatness on narrow,
+sampling a token takes 17 ms if 64 are sampled and 30 ms if 1,024 are. The difference is attention over more tokens.
+Everything else stays between 0.88 and 1.00 of the first figure, and the update's peak memory goes from 1.17 GB with 64
+rows to 1.19 GB with 512.
 
 The last line of the output is JSON with all figures.
 """

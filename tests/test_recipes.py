@@ -212,6 +212,7 @@ def test_a_recipe_runs(
     assert any(not torch.equal(after[name], before[name]) for name in before)
     said = capsys.readouterr().out
     assert "To plot it:  uv run --with matplotlib notebooks/plot_runs.py run curves.png\n" in said
+    assert ("--ask '8 7 4 = 36'" in said) == (task == "countdown")
     hints = re.findall(r"uv run .*R1ZeroTrain.py (.*)", said)
     assert len(hints) == 2
     for hint in hints:
