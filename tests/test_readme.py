@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields
 from functools import lru_cache
@@ -307,6 +308,14 @@ def try_out(words: list[str]) -> None:
         return
     cfg = parse_config(options)
     assert ("lora" in groups) == bool(cfg.lora_rank) and ("math" in groups) == (cfg.task == "math")
+
+
+def test_a_run_installs_only_what_it_needs() -> None:
+    """Tests, notebook, LoRA and the math task need more, which `uv run` does not install unasked."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    names = {re.match(r"[\w-]+", each)[0] for each in project["project"]["dependencies"]}
+    assert names == {"torch", "transformers", "accelerate", "datasets", "tqdm", "wandb"}
+    assert project["tool"]["uv"]["default-groups"] == []
 
 
 def test_commands_work_and_leave_the_documented_files(run_dir: Path) -> None:
